@@ -1,0 +1,265 @@
+// Which keys a query tile visits, and which of them each query may attend to.
+//
+// Within a component, the keys of a query are an interval [low, high) of key indices (for block layouts: of the keys of one column of
+// blocks), and both ends grow with the query. So a tile's keys are a range, cut into segments; in a segment each lane has an interval; and
+// a 16 x 16 corner that no lane reaches is not computed, one that every lane covers needs no mask.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CPU_MASK_H_
+#define STF_CUSTOM_OPS_ATTENTION_CPU_MASK_H_
+
+#include "custom_ops/attention/cpu/kernels.h"
+#include "custom_ops/attention/cpu/simd.h"
+
+namespace stf {
+namespace cpu {
+namespace STF_ISA {
+
+inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A sequence of queries: query m stands at position start + m * step; there are `count` of them.
+struct View {
+  int64_t start, step, count;
+  int64_t Position(int64_t m) const { return start + m * step; }
+};
+
+struct Interval {
+  int64_t low, high;
+};
+
+// Keys in a component's own numbering: the sequence's own for strided components, the columns in use for summaries, else positions.
+inline int64_t KeyPosition(const stf_component& c, const View& view, int64_t t) {
+  if (c.kind == STF_STRIDED) return view.Position(t);
+  if (c.kind == STF_SUMMARY) return t / (c.c - c.b) * c.a + c.b + t % (c.c - c.b);
+  return t;
+}
+
+// The keys of query m, block layouts apart (there: the causal range).
+inline Interval KeysOf(const stf_component& c, int64_t m) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return {Most(0, m - c.a), m + 1};
+    case STF_STRIDED:
+      return {0, Most(0, m + 1 - c.b)};
+    case STF_OWN_BLOCK:
+      return {m / c.a * c.a, m + 1};
+    case STF_SUMMARY: {
+      const int64_t width = c.c - c.b, block = m / c.a;
+      const int64_t own = c.d ? Least(width, Most(0, m % c.a + 1 - c.b)) : 0;
+      return {0, block * width + own};
+    }
+    default:
+      return {0, m + 1};
+  }
+}
+
+inline bool LayoutBit(const stf_problem& problem, const stf_component& c, int64_t row, int64_t column) {
+  const int64_t bit = c.b + row * c.c + column;
+  return (problem.layouts[bit / 8] >> (bit % 8)) & 1;
+}
+
+// Whether query position i may attend to key position j <= i through component c, exclusions apart.
+inline bool Covers(const stf_problem& problem, const stf_component& c, int64_t i, int64_t j) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return i - j <= c.a;
+    case STF_STRIDED:
+      return (i - j) % c.a == 0 && i - j >= c.b * c.a;
+    case STF_OWN_BLOCK:
+      return i / c.a == j / c.a;
+    case STF_SUMMARY: {
+      const int64_t column = j % c.a;
+      return column >= c.b && column < c.c && (c.d || j / c.a < i / c.a);
+    }
+    case STF_BLOCKS:
+      return LayoutBit(problem, c, i / c.a, j / c.a);
+    default:
+      return true;
+  }
+}
+
+// Whether component c may cover any pair of a query in [i0, i1] and a key in [j0, j1]; true where that is not easily told.
+inline bool MayCover(const stf_component& c, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return i0 - j1 <= c.a;
+    case STF_OWN_BLOCK:
+      return i0 / c.a <= j1 / c.a;
+    case STF_STRIDED:
+      return i1 - j0 >= c.b * c.a;
+    default:
+      return true;
+  }
+}
+
+// A tile's keys in one component, at most kKeys of them.
+struct Segment {
+  const stf_component* component;
+  int64_t begin;
+  int count;
+};
+
+// Walks the segments of one component for a query tile, keys ascending.
+struct Cursor {
+  const stf_component* component;
+  int64_t next, end;  // key indices
+
+  bool Done() const { return next >= end; }
+};
+
+inline bool SameColumn(const stf_problem& problem, const stf_component& c, int64_t row_begin, int64_t row_end, int64_t x, int64_t y) {
+  for (int64_t row = row_begin; row <= row_end; row++) {
+    if (LayoutBit(problem, c, row, x) != LayoutBit(problem, c, row, y)) return false;
+  }
+  return true;
+}
+
+// Moves a block layout's cursor over columns of blocks that no row of the tile uses.
+inline void SkipEmpty(const stf_problem& problem, int64_t first, int64_t last, Cursor* cursor) {
+  const stf_component& c = *cursor->component;
+  if (c.kind != STF_BLOCKS) return;
+  while (!cursor->Done()) {
+    const int64_t column = cursor->next / c.a;
+    for (int64_t row = first / c.a; row <= last / c.a; row++) {
+      if (LayoutBit(problem, c, row, column)) return;
+    }
+    cursor->next = (column + 1) * c.a;
+  }
+}
+
+// The cursor of queries first ... last (both in the sequence).
+inline Cursor Begin(const stf_problem& problem, const stf_component& c, int64_t first, int64_t last) {
+  Cursor cursor = {&c, KeysOf(c, first).low, KeysOf(c, last).high};
+  SkipEmpty(problem, first, last, &cursor);
+  return cursor;
+}
+
+inline Segment Take(const stf_problem& problem, int64_t first, int64_t last, Cursor* cursor) {
+  const stf_component& c = *cursor->component;
+  int64_t end = Least(cursor->next + kKeys, cursor->end);
+  if (c.kind == STF_BLOCKS) {  // as many columns of blocks as the tile's rows use alike
+    const int64_t column = cursor->next / c.a;
+    int64_t run = column + 1;
+    while (run * c.a < end && SameColumn(problem, c, first / c.a, last / c.a, column, run)) run++;
+    end = Least(end, run * c.a);
+  }
+  const Segment segment = {&c, cursor->next, static_cast<int>(end - cursor->next)};
+  cursor->next = end;
+  SkipEmpty(problem, first, last, cursor);
+  return segment;
+}
+
+// Keys [begin, end) of a segment by lane groups [group_begin, group_end): what a matrix product computes at once.
+struct Strip {
+  int begin, end, group_begin, group_end;
+};
+
+struct SegmentMask {
+  Strip strips[kKeys / kGroup];
+  int strip_count;
+  bool cut[kKeys / kGroup];              // whether the 16 keys need the mask
+  int32_t low[kLanes], high[kLanes];     // each lane's interval, counted from the segment's begin
+  bool excludes;                         // whether `left_out` matters
+  uint64_t left_out[kKeys];              // a bit for each lane: pairs of an earlier component
+};
+
+inline void FindExcluded(const stf_problem& problem, const Group& group, const View& view, int64_t first, int lanes,
+                         const Segment& segment, SegmentMask* mask) {
+  const stf_component& c = *segment.component;
+  mask->excludes = false;
+  const int64_t i0 = view.Position(first), i1 = view.Position(first + lanes - 1);
+  const int64_t j0 = KeyPosition(c, view, segment.begin), j1 = KeyPosition(c, view, segment.begin + segment.count - 1);
+  for (int e = 0; e < 63 && (c.exclude >> e) != 0; e++) {
+    if (!((c.exclude >> e) & 1) || !MayCover(group.program[e], i0, i1, j0, j1)) continue;
+    if (!mask->excludes) {
+      for (int t = 0; t < kKeys; t++) mask->left_out[t] = 0;
+    }
+    mask->excludes = true;
+    for (int t = 0; t < segment.count; t++) {
+      const int64_t j = KeyPosition(c, view, segment.begin + t);
+      for (int lane = 0; lane < lanes; lane++) {
+        const int64_t i = view.Position(first + lane);
+        if (j <= i && Covers(problem, group.program[e], i, j)) mask->left_out[t] |= uint64_t{1} << lane;
+      }
+    }
+  }
+}
+
+// The mask of queries first ... first + lanes - 1 in a segment. Lanes past the last repeat it, so that they never widen anything.
+inline void FindMask(const stf_problem& problem, const Group& group, const View& view, int64_t first, int lanes, const Segment& segment,
+                     SegmentMask* mask) {
+  const stf_component& c = *segment.component;
+  const int64_t last = first + lanes - 1;
+  const int groups = (lanes + kGroup - 1) / kGroup, blocks = (segment.count + kGroup - 1) / kGroup;
+  if (c.exclude != 0) {
+    FindExcluded(problem, group, view, first, lanes, segment, mask);
+  } else {
+    mask->excludes = false;
+  }
+  if (c.kind != STF_BLOCKS && !mask->excludes && KeysOf(c, last).low <= segment.begin &&
+      KeysOf(c, first).high >= segment.begin + segment.count) {
+    mask->strips[0] = {0, segment.count, 0, groups};
+    mask->strip_count = 1;
+    for (int b = 0; b < blocks; b++) mask->cut[b] = false;
+    return;
+  }
+  for (int lane = 0; lane < groups * kGroup; lane++) {
+    const int64_t m = first + (lane < lanes ? lane : lanes - 1);
+    Interval keys = KeysOf(c, m);
+    if (c.kind == STF_BLOCKS && !LayoutBit(problem, c, m / c.a, segment.begin / c.a)) keys.high = 0;
+    const int64_t high = Most(0, Least(segment.count, keys.high - segment.begin));
+    mask->low[lane] = static_cast<int32_t>(Most(0, Least(high, keys.low - segment.begin)));
+    mask->high[lane] = static_cast<int32_t>(high);
+  }
+  int reach_low[kLanes / kGroup], reach_high[kLanes / kGroup];    // of any lane of the group
+  int common_low[kLanes / kGroup], common_high[kLanes / kGroup];  // of every lane
+  for (int g = 0; g < groups; g++) {
+    reach_low[g] = common_high[g] = kKeys;
+    reach_high[g] = common_low[g] = 0;
+    for (int lane = g * kGroup; lane < (g + 1) * kGroup; lane++) {
+      const int low = mask->low[lane], high = mask->high[lane];
+      common_low[g] = low > common_low[g] ? low : common_low[g];
+      common_high[g] = high < common_high[g] ? high : common_high[g];
+      if (low >= high) continue;
+      reach_low[g] = low < reach_low[g] ? low : reach_low[g];
+      reach_high[g] = high > reach_high[g] ? high : reach_high[g];
+    }
+  }
+  mask->strip_count = 0;
+  for (int b = 0; b < blocks; b++) {
+    const int begin = b * kGroup, end = static_cast<int>(Least(begin + kGroup, segment.count));
+    int group_begin = groups, group_end = 0;
+    for (int g = 0; g < groups; g++) {
+      if (reach_low[g] >= end || reach_high[g] <= begin) continue;
+      group_begin = g < group_begin ? g : group_begin;
+      group_end = g + 1;
+    }
+    if (group_begin >= group_end) continue;
+    bool cut = mask->excludes;
+    for (int g = group_begin; g < group_end; g++) cut = cut || common_low[g] > begin || common_high[g] < end;
+    mask->cut[b] = cut;
+    Strip* previous = mask->strip_count ? &mask->strips[mask->strip_count - 1] : nullptr;
+    if (previous && previous->end == begin && previous->group_begin == group_begin && previous->group_end == group_end) {
+      previous->end = end;
+    } else {
+      mask->strips[mask->strip_count++] = {begin, end, group_begin, group_end};
+    }
+  }
+}
+
+// All ones where lanes lane ... lane + kWidth - 1 may attend to key t of the segment.
+inline __attribute__((always_inline)) IntVec Allowed(const SegmentMask& mask, int t, int lane) {
+  const IntVec key = BroadcastInt(t);
+  IntVec allowed = (key >= LoadInt(mask.low + lane)) & (key < LoadInt(mask.high + lane));
+  if (mask.excludes) {
+    for (int i = 0; i < kWidth; i++) {
+      if ((mask.left_out[t] >> (lane + i)) & 1) allowed[i] = 0;
+    }
+  }
+  return allowed;
+}
+
+}  // namespace STF_ISA
+}  // namespace cpu
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CPU_MASK_H_

@@ -1,0 +1,57 @@
+// What one attention call is: sizes, pattern and tensors, as plain C data. The CPU and the CUDA kernels both read it, and so can a
+// test or a benchmark (ctypes). No TensorFlow header stands here or in any file below custom_ops/attention.
+//
+// Legend: B batch, T positions, H heads, D depth. Tensors are laid out [B, T, H, D]; the depth is contiguous, the rest has strides.
+#ifndef STF_CUSTOM_OPS_ATTENTION_PROBLEM_H_
+#define STF_CUSTOM_OPS_ATTENTION_PROBLEM_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum stf_dtype { STF_FLOAT32 = 0, STF_BFLOAT16 = 1, STF_FLOAT16 = 2 };
+
+// The kinds of component that a pattern is a union of. Every one is causal (j <= i).
+enum stf_kind {
+  STF_CAUSAL = 0,     // every j
+  STF_LOCAL = 1,      // i - j <= a
+  STF_STRIDED = 2,    // (i - j) mod a = 0 and i - j >= b * a
+  STF_OWN_BLOCK = 3,  // j div a = i div a
+  STF_SUMMARY = 4,    // b <= j mod a < c; of earlier blocks only (j div a < i div a) where d = 0, also of the own block where d = 1
+  STF_BLOCKS = 5,     // layout[i div a][j div a], an a-sized block layout of c x c blocks whose bits begin at bit b of `layouts`
+};
+
+// One component. `exclude` has bit t set where the keys of the head's t-th component (t less than this one's index) are left out, so that
+// the components of a union are disjoint.
+typedef struct {
+  int64_t kind;  // stf_kind
+  int64_t a, b, c, d;
+  int64_t exclude;
+} stf_component;
+
+typedef struct {
+  int64_t batch, positions, heads;  // B, T, H
+  int64_t key_depth, value_depth;   // depth of query and key; depth of value and output
+  int32_t dtype;                    // stf_dtype of query, key, value, output and their gradients
+  float scale;                      // scores are scale * (query . key)
+  // Head h runs program h mod programs: components[program_begin[p]] ... components[program_begin[p + 1] - 1].
+  int32_t programs;
+  const int32_t* program_begin;     // [programs + 1]
+  const stf_component* components;
+  const uint8_t* layouts;           // bits of all block layouts, row-major, least significant bit first; may be null
+  const int32_t* lengths;           // [B] positions in use of each sequence, or null: all are. Rows past it give 0 and -infinity.
+} stf_problem;
+
+// A [B, T, H, D] tensor: strides in elements, depth contiguous.
+typedef struct {
+  void* data;
+  int64_t batch_stride, position_stride, head_stride;
+} stf_tensor;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_PROBLEM_H_
