@@ -1,0 +1,69 @@
+"""Exact numbers of keys of a union of leaf patterns, in O(n) memory and without an n x n array.
+
+Every leaf has one of three shapes, and each shape is closed under union:
+
+- an interval that ends at the query, `_start(i) <= j <= i` (causal, local, own block): the longest one wins;
+- a set of columns that does not depend on the query beyond its row of blocks, `_columns(n, row)` (summary,
+  block layouts): one bit a position;
+- distances that are multiples of a stride, `_stride` (strided): two strides share the multiples of their
+  least common multiple.
+
+So a query's count is its interval, plus the columns before the interval, plus, for each stride and by
+inclusion and exclusion over the strides, the positions before the interval that are not such columns.
+"""
+
+import math
+
+import numpy as np
+
+
+def counts(leaves, n):
+    """The number of keys in the union of `leaves` of each of `n` query positions, int64 `[n]`."""
+    # Rows with the same columns are counted together: all of them, unless there are block layouts.
+    edges = {0, n}
+    for leaf in leaves:
+        edges.update(range(0, n, leaf._rows(n)) if hasattr(leaf, "_rows") else ())
+    edges = sorted(edges)
+    strides = _inclusion_exclusion([leaf._stride for leaf in leaves if hasattr(leaf, "_stride")], n)
+    result = np.zeros(n, np.int64)
+    for begin, end in zip(edges, edges[1:], strict=False):
+        result[begin:end] = _counts_of_rows(leaves, strides, begin, end)
+    return result
+
+
+def _inclusion_exclusion(strides, n):
+    """{m: sign} such that the indicator of a multiple of any stride is the signed sum over multiples of m."""
+    terms = {}
+    for stride in strides:
+        terms_of_stride = {min(stride, n): 1}
+        for multiple, sign in terms.items():
+            # Beyond n positions every multiple is alike: only the query itself is at such a distance.
+            common = min(math.lcm(multiple, min(stride, n)), n)
+            terms_of_stride[common] = terms_of_stride.get(common, 0) - sign
+        for multiple, sign in terms_of_stride.items():
+            terms[multiple] = terms.get(multiple, 0) + sign
+    return {multiple: sign for multiple, sign in terms.items() if sign}
+
+
+def _counts_of_rows(leaves, strides, begin, end):
+    """The counts of query positions `begin` to `end - 1`, over which no leaf's columns change."""
+    i = np.arange(begin, end)
+    start = i + 1  # of the interval [start, i], empty so far
+    columns = np.zeros(end, bool)
+    for leaf in leaves:
+        if hasattr(leaf, "_start"):
+            start = np.minimum(start, leaf._start(i))
+        elif hasattr(leaf, "_columns"):
+            columns |= leaf._columns(end, begin)
+    before = np.concatenate(
+        [[0], np.cumsum(columns)]
+    )  # before[j]: columns among positions 0 ... j-1
+    result = i + 1 - start + before[start]
+    for stride, sign in strides.items():
+        # along[t, r]: positions r, r + stride, ..., r + t * stride that are not columns.
+        along = np.zeros((-(-end // stride), stride), np.int64)
+        along.reshape(-1)[:end] = ~columns
+        along = np.cumsum(along, axis=0).reshape(-1)
+        last = i - stride * ((i - start + stride) // stride)  # the largest position before start
+        result += sign * np.where(last >= 0, along[last], 0)
+    return result

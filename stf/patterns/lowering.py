@@ -1,0 +1,267 @@
+"""From patterns to what the kernels run: disjoint components, packed as custom_ops/attention/problem.h has them."""
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import numpy as np
+
+from stf.patterns.blocks import Blocks
+from stf.patterns.causal import Causal
+from stf.patterns.local import Local
+from stf.patterns.own_block import OwnBlock
+from stf.patterns.strided import Strided
+from stf.patterns.summary import Summary
+from stf.patterns.validation import integer
+
+
+class Kind(enum.IntEnum):
+    """Kinds of component: `stf_kind` of problem.h."""
+
+    CAUSAL = 0
+    LOCAL = 1
+    STRIDED = 2
+    OWN_BLOCK = 3
+    SUMMARY = 4
+    BLOCKS = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Component:
+    """One of the disjoint sets that a head's pattern is made of; the kernels run them one by one and merge.
+
+    Attributes:
+        kind: `Kind`.
+        a, b, c, d: what problem.h says for the kind, except that b of a block layout, its place among the
+            layouts of a program, is 0 until `lower` packs it.
+        exclude: bit t is set where the keys of the head's t-th component are left out of this one.
+        layout: bool `[c, c]` for a block layout, None for all else.
+    """
+
+    kind: int
+    a: int = 0
+    b: int = 0
+    c: int = 0
+    d: int = 0
+    exclude: int = 0
+    layout: np.ndarray | None = None
+
+    def _identity(self):
+        layout = None if self.layout is None else self.layout.tobytes()
+        return self.kind, self.a, self.b, self.c, self.d, self.exclude, layout
+
+    def __eq__(self, other):
+        return isinstance(other, Component) and self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash(self._identity())
+
+
+class Program(NamedTuple):
+    """All heads' components, packed for the op. Head h runs program `h mod (len(program_begin) - 1)`.
+
+    Attributes:
+        components: records of six ints: kind, a, b, c, d, exclude.
+        program_begin: index of each program's first record, and the number of records at the end.
+        layouts: the bits of all block layouts, row-major, least significant bit first; each begins a byte,
+            and a record's b is the index of its first bit.
+    """
+
+    components: list
+    program_begin: list
+    layouts: bytes
+
+
+def lower(pattern, num_heads):
+    """Packs a pattern for the op.
+
+    Args:
+        pattern: a `Pattern`.
+        num_heads: number of heads, 1 or more.
+
+    Returns:
+        A `Program` with as few programs as the heads differ in a repeating order.
+
+    Raises:
+        ValueError: if a block layout has one layout a head, but not `num_heads` of them.
+    """
+    num_heads = integer("num_heads", num_heads, 1)
+    pattern.check_heads(num_heads)
+    of_heads = [pattern.components(head) for head in range(num_heads)]
+    period = next(
+        p
+        for p in range(1, num_heads + 1)
+        if all(of_heads[head] == of_heads[head % p] for head in range(num_heads))
+    )
+    records, begin, layouts, places = [], [0], bytearray(), {}
+    for of_head in of_heads[:period]:
+        for part in of_head:
+            b = part.b
+            if part.layout is not None:
+                bits = np.packbits(part.layout.reshape(-1), bitorder="little").tobytes()
+                if (part.c, bits) not in places:
+                    places[part.c, bits] = 8 * len(layouts)
+                    layouts += bits
+                b = places[part.c, bits]
+            records += [int(part.kind), part.a, b, part.c, part.d, part.exclude]
+        begin.append(len(records) // 6)
+    return Program(records, begin, bytes(layouts))
+
+
+def components(leaves):
+    """The disjoint components whose union is the union of `leaves`, patterns of one head without parts.
+
+    Everything that closed forms can tell is told by them: what lies in another part is dropped, parts of one
+    kind are merged where their union is of that kind, and a strided part begins behind the local one (b), a
+    summary part behind its own block (d). Only where two parts may still overlap does the later one exclude
+    the earlier. Dense kinds come first, so that it is the sparse ones that pay for a mask.
+    """
+    parts = _simplify(leaves)
+    if len(parts) > 63:
+        raise ValueError(
+            "A pattern must come down to 63 components or less for each head. "
+            f"Received: {len(parts)} components"
+        )
+    result = []
+    for part in parts:
+        exclude = sum(1 << t for t, other in enumerate(result) if not _disjoint(other, part))
+        result.append(dataclasses.replace(part, exclude=exclude))
+    return tuple(result)
+
+
+def _simplify(leaves):
+    """Components that cover the leaves; each may overlap others, but holds no key that none of the leaves has."""
+    of = {kind: [leaf for leaf in leaves if isinstance(leaf, kind)] for kind in _KINDS}
+    columns = _merge_columns(of[Summary])
+    everything = any(leaf.stride == 1 for leaf in of[Strided]) or any(
+        (first, end) == (0, stride) for stride, first, end in columns
+    )
+    if of[Causal] or everything:
+        return [Component(Kind.CAUSAL)]
+
+    window = max((leaf.window for leaf in of[Local]), default=-1)
+    strides = _without_multiples({leaf.stride for leaf in of[Strided]})
+    sizes = {leaf.stride for leaf in of[OwnBlock] if leaf.stride > window + 1}
+    sizes = [m for m in sizes if not any(other % m == 0 for other in sizes if other != m)]
+    if window == 0 and (strides or sizes):
+        window = -1  # every one of those holds the query itself
+
+    parts = [Component(Kind.LOCAL, window)] if window >= 0 else []
+    parts += [Component(Kind.OWN_BLOCK, size) for size in sorted(sizes)]
+    blocks = _block_components(of[Blocks], sizes, window)
+    if parts or strides or columns or any(part.layout.any() for part in blocks):
+        blocks = [part for part in blocks if part.layout.any()]
+    else:
+        blocks = blocks[:1]  # a head keeps one component, even one without a key
+    parts += blocks
+    for stride in strides:
+        first = window // stride + 1  # behind the local window; 0 where there is none
+        if any(size <= stride for size in sizes):
+            first = max(
+                first, 1
+            )  # the own block holds the query, and no other multiple of the stride
+        parts.append(Component(Kind.STRIDED, stride, first))
+    for stride, begin, end in columns:
+        covered = window >= stride - 1 or any(size % stride == 0 for size in sizes)
+        parts.append(Component(Kind.SUMMARY, stride, begin, end, 0 if covered else 1))
+    return parts
+
+
+_KINDS = (Causal, Local, Strided, OwnBlock, Summary, Blocks)
+
+
+def _without_multiples(strides):
+    return sorted(m for m in strides if not any(m % other == 0 for other in strides if other != m))
+
+
+def _merge_columns(summaries):
+    """[(stride, first column, last + 1)]: ranges of one stride neither overlap nor touch."""
+    merged = []
+    for stride, first, end in sorted((leaf.stride, *leaf.columns) for leaf in summaries):
+        if merged and merged[-1][0] == stride and first <= merged[-1][2]:
+            merged[-1][2] = max(end, merged[-1][2])
+        else:
+            merged.append([stride, first, end])
+    return merged
+
+
+def _block_components(leaves, sizes, window):
+    """One component for each shape of layout, without the blocks that the own blocks or the window cover."""
+    layouts = {}
+    for leaf in leaves:
+        key = leaf.block_size, leaf.blocks
+        layouts[key] = layouts[key] | leaf.layout if key in layouts else leaf.layout
+    parts = []
+    for (size, blocks), layout in sorted(layouts.items()):
+        row, column = np.arange(blocks)[:, None], np.arange(blocks)[None, :]
+        layout = layout & (column <= row) & ((row - column + 1) * size - 1 > window)
+        for block in sizes:
+            if block % size == 0:
+                layout &= row // (block // size) != column // (block // size)
+        parts.append(Component(Kind.BLOCKS, size, 0, blocks, layout=layout))
+    return parts
+
+
+def _disjoint(one, other):
+    """Whether a closed form tells that two components of `_simplify`, in their order there, share no key."""
+    pair = one.kind, other.kind
+    if pair == (Kind.LOCAL, Kind.STRIDED):
+        return other.b * other.a > one.a
+    if pair == (Kind.OWN_BLOCK, Kind.STRIDED):
+        return other.b * other.a >= one.a
+    if pair == (Kind.OWN_BLOCK, Kind.SUMMARY):
+        return other.d == 0 and other.a % one.a == 0
+    if pair == (Kind.LOCAL, Kind.BLOCKS):
+        return _nearest(other) > one.a
+    if pair == (Kind.OWN_BLOCK, Kind.BLOCKS):
+        return one.a % other.a == 0 or _nearest(other) >= one.a
+    if pair == (Kind.SUMMARY, Kind.SUMMARY):
+        return one.a == other.a
+    return False
+
+
+def _nearest(blocks):
+    """The least distance of a key from its query in a layout's blocks, of which there is one at least."""
+    row, column = np.nonzero(blocks.layout)
+    return max(0, (int((row - column).min()) - 1) * blocks.a + 1)
+
+
+def components_mask(program, n, head=0):
+    """The keys of each packed component of a head, worked out from problem.h's words alone; for tests.
+
+    Args:
+        program: a `Program`.
+        n: number of positions.
+        head: head, 0 or more.
+
+    Returns:
+        bool array, `[components, n, n]`: query, key.
+    """
+    p = head % (len(program.program_begin) - 1)
+    records = np.array(program.components, np.int64).reshape(-1, 6)
+    records = records[program.program_begin[p] : program.program_begin[p + 1]]
+    bits = np.unpackbits(np.frombuffer(program.layouts, np.uint8), bitorder="little")
+    i, j = np.arange(n)[:, None], np.arange(n)[None, :]
+    sets = np.zeros((len(records), n, n), bool)
+    for t, (kind, a, b, c, d, _) in enumerate(records):
+        if kind == Kind.CAUSAL:
+            sets[t] = True
+        elif kind == Kind.LOCAL:
+            sets[t] = i - j <= a
+        elif kind == Kind.STRIDED:
+            sets[t] = ((i - j) % a == 0) & (i - j >= b * a)
+        elif kind == Kind.OWN_BLOCK:
+            sets[t] = j // a == i // a
+        elif kind == Kind.SUMMARY:
+            sets[t] = (b <= j % a) & (j % a < c) & ((j // a < i // a) | (d == 1))
+        elif kind == Kind.BLOCKS:
+            sets[t] = bits[b : b + c * c].reshape(c, c)[i // a, j // a]
+        else:
+            raise ValueError(f"`program` must be of known kinds. Received: kind={kind}")
+    sets &= j <= i
+    result = sets.copy()
+    for t, record in enumerate(records):
+        for other in range(t):
+            if record[5] >> other & 1:
+                result[t] &= ~sets[other]
+    return result

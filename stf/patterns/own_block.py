@@ -1,0 +1,39 @@
+"""The query's own block: the first head of fixed attention."""
+
+import numpy as np
+
+from stf.patterns.pattern import Pattern
+from stf.patterns.validation import integer
+
+
+class OwnBlock(Pattern):
+    """The query's own block as far as the query: `{j <= i : floor(j / stride) = floor(i / stride)}`.
+
+    The first head of fixed attention (Section 4.3 of Child et al. 2019).
+
+    Example:
+
+    >>> OwnBlock(stride=4).keys(6)
+    array([4, 5, 6])
+
+    Args:
+        stride: length of a block, 1 or more; the paper's l.
+
+    Raises:
+        ValueError: if `stride` is not an integer, or less than 1.
+    """
+
+    def __init__(self, stride):
+        self.stride = integer("stride", stride, 1)
+
+    def get_config(self):
+        return {"stride": self.stride}
+
+    def _keys(self, i):
+        return np.arange(i - i % self.stride, i + 1)
+
+    def _mask(self, i, j):
+        return i // self.stride == j // self.stride
+
+    def _start(self, i):
+        return i - i % self.stride

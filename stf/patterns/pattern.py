@@ -1,0 +1,190 @@
+"""The base class of every pattern: what a query position may attend to, and what that costs."""
+
+import numpy as np
+
+from stf.patterns import counting
+from stf.patterns.validation import integer
+
+
+class Pattern:
+    """A set of keys for each query position and head, causal: `j <= i` for every key `j` of a query `i`.
+
+    A pattern is immutable, hashable and independent of the sequence length. Patterns combine:
+    `p | q` is their union (Eq. 7 of Child et al. 2019, "merged"), and `PerHead([p, q])` gives each head its
+    own (Eq. 8). Subclasses of this class that are not a combination are *leaves*; they define
+    `_keys`, `_mask` and one of the three shapes that `counting` knows.
+
+    Example:
+
+    >>> pattern = Local(2) | Strided(3)
+    >>> pattern.keys(7)
+    array([1, 4, 5, 6, 7])
+    >>> pattern.pairs(8)
+    24
+    >>> pattern.mask(3).astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [1, 1, 1]])
+    """
+
+    def for_head(self, head):
+        """The pattern of head `head` alone, the same for whatever head it is then asked about."""
+        integer("head", head, 0)
+        return self
+
+    def keys(self, i, head=0):
+        """The keys that query position `i` attends to, ascending.
+
+        Args:
+            i: query position, 0 or more.
+            head: head, 0 or more.
+
+        Returns:
+            int64 array, `[number of keys]`; empty where the position may attend to nothing.
+        """
+        i = integer("i", i, 0)
+        leaves = self.for_head(head)._leaves()
+        if len(leaves) == 1:
+            return leaves[0]._keys(i)
+        return np.unique(np.concatenate([leaf._keys(i) for leaf in leaves]))
+
+    def mask(self, n, head=0):
+        """The whole set as a matrix: for pictures, tests and the dense reference.
+
+        Args:
+            n: number of positions, 0 or more.
+            head: head, 0 or more.
+
+        Returns:
+            bool array, `[n, n]`: row `i` is true at the keys of query `i`.
+        """
+        n = integer("n", n, 0)
+        self.check_positions(n)
+        i, j = np.arange(n)[:, None], np.arange(n)[None, :]
+        mask = np.zeros((n, n), bool)
+        for leaf in self.for_head(head)._leaves():
+            mask |= leaf._mask(i, j)
+        return mask & (j <= i)
+
+    def counts(self, n, head=0):
+        """The number of keys of each query position, int64 `[n]`: `mask(n, head).sum(axis=1)` in O(n)."""
+        n = integer("n", n, 0)
+        self.check_positions(n)
+        return counting.counts(self.for_head(head)._leaves(), n)
+
+    def pairs(self, n, head=0):
+        """The number of (query, key) pairs of one head over `n` positions, exactly: `mask(n, head).sum()`.
+
+        Takes O(n) memory, and O(n) time (O(n * blocks) where a block layout takes part).
+        """
+        return int(self.counts(n, head).sum())
+
+    def flops(self, n, key_dim, value_dim, num_heads=1, batch=1, backward=False):
+        """Floating-point operations of attention, a multiply-add being two, softmax not counted.
+
+        Forward, `2 (key_dim + value_dim)` a pair: the scores and the weighted sum of values. Backward, with
+        the scores computed again from the log-sum-exp, adds `2 (3 key_dim + 2 value_dim)` a pair.
+
+        Args:
+            n: number of positions.
+            key_dim: depth of each head's query and key.
+            value_dim: depth of each head's value.
+            num_heads: number of heads.
+            batch: number of sequences.
+            backward: whether to count forward and backward, rather than forward alone.
+
+        Returns:
+            The exact count, an int.
+        """
+        key_dim, value_dim = integer("key_dim", key_dim, 1), integer("value_dim", value_dim, 1)
+        batch = integer("batch", batch, 0)
+        a_pair = 2 * (key_dim + value_dim)
+        if backward:
+            a_pair += 2 * (3 * key_dim + 2 * value_dim)
+        seen = {}
+        for head in range(integer("num_heads", num_heads, 1)):
+            of_head = self.for_head(head)
+            seen[of_head] = seen.get(of_head, 0) + 1
+        return batch * a_pair * sum(of_head.pairs(n) * heads for of_head, heads in seen.items())
+
+    def bytes(self, n, key_dim, value_dim, num_heads=1, batch=1, itemsize=4, backward=False):
+        """The least that attention must move to and from memory, in bytes.
+
+        Forward reads query, key and value once and writes the output and the float32 log-sum-exp. Backward
+        adds reading query, key, value, output, its gradient and the log-sum-exp, and writing three gradients.
+
+        Args:
+            n: number of positions.
+            key_dim: depth of each head's query and key.
+            value_dim: depth of each head's value.
+            num_heads: number of heads.
+            batch: number of sequences.
+            itemsize: bytes of one number of the inputs: 4 for float32, 2 for bfloat16 and float16.
+            backward: whether to count forward and backward, rather than forward alone.
+
+        Returns:
+            The number of bytes, an int.
+        """
+        key_dim, value_dim = integer("key_dim", key_dim, 1), integer("value_dim", value_dim, 1)
+        itemsize = integer("itemsize", itemsize, 1)
+        rows = integer("batch", batch, 0) * integer("n", n, 0) * integer("num_heads", num_heads, 1)
+        a_row = itemsize * (2 * key_dim + 2 * value_dim) + 4
+        if backward:
+            a_row += itemsize * (4 * key_dim + 4 * value_dim) + 4
+        return rows * a_row
+
+    def components(self, head=0):
+        """What the kernels run for one head: disjoint `Component`s whose union is this pattern (see `lower`)."""
+        from stf.patterns import lowering
+
+        return lowering.components(self.for_head(head)._leaves())
+
+    def check_positions(self, n):
+        """Raises ValueError where the pattern cannot serve `n` positions (a block layout of another size)."""
+
+    def check_heads(self, num_heads):
+        """Raises ValueError where the pattern cannot serve `num_heads` heads (a layout for another number)."""
+
+    def get_config(self):
+        """The arguments of the constructor as plain data (int, str, list, dict, None), fit for JSON."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        """The pattern whose `get_config` gave `config`."""
+        return cls(**config)
+
+    def _leaves(self):
+        """The patterns without parts whose union this is. Only asked of what `for_head` returns."""
+        return (self,)
+
+    def _keys(self, i):
+        """A leaf's keys of query `i`, ascending, int64."""
+        raise NotImplementedError
+
+    def _mask(self, i, j):
+        """A leaf's set for broadcast query positions `i` and key positions `j <= i`."""
+        raise NotImplementedError
+
+    # What identifies a pattern beside its class; hashable.
+    def _identity(self):
+        return tuple(self.get_config().items())
+
+    def __or__(self, other):
+        from stf.patterns.union import Union
+
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        return Union([self, other])
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash((type(self).__name__, self._identity()))
+
+    def __repr__(self):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"

@@ -1,0 +1,51 @@
+"""A pattern of its own for each head."""
+
+from stf.patterns.pattern import Pattern
+from stf.patterns.serialization import deserialize, serialize
+from stf.patterns.union import check_patterns
+from stf.patterns.validation import integer
+
+
+class PerHead(Pattern):
+    """Head h uses `patterns[h mod len(patterns)]`: multi-head sparse attention (Eq. 8 of Child et al. 2019).
+
+    Example:
+
+    >>> pattern = PerHead([Local(2), Strided(3)])
+    >>> pattern.keys(7, head=0), pattern.keys(7, head=1)
+    (array([5, 6, 7]), array([1, 4, 7]))
+
+    Args:
+        patterns: patterns, at least one. One that differs between heads itself is asked for head h.
+
+    Raises:
+        ValueError: if `patterns` is empty or has something in it that is not a pattern.
+    """
+
+    def __init__(self, patterns):
+        self.patterns = check_patterns("patterns", patterns)
+
+    def get_config(self):
+        return {"patterns": [serialize(pattern) for pattern in self.patterns]}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls([deserialize(pattern) for pattern in config["patterns"]])
+
+    def for_head(self, head):
+        head = integer("head", head, 0)
+        return self.patterns[head % len(self.patterns)].for_head(head)
+
+    def check_positions(self, n):
+        for pattern in self.patterns:
+            pattern.check_positions(n)
+
+    def check_heads(self, num_heads):
+        for pattern in self.patterns[: integer("num_heads", num_heads, 1)]:
+            pattern.check_heads(num_heads)
+
+    def _identity(self):
+        return self.patterns
+
+    def __repr__(self):
+        return f"PerHead({[*self.patterns]!r})"

@@ -1,0 +1,59 @@
+"""Patterns as plain data and back, for the configs of layers and models."""
+
+from stf.patterns.pattern import Pattern
+
+
+def serialize(pattern):
+    """A pattern as plain data: `{"class_name": ..., "config": ...}`, fit for JSON and for a Keras config.
+
+    Example:
+
+    >>> serialize(Strided(128))
+    {'class_name': 'Strided', 'config': {'stride': 128}}
+
+    Raises:
+        ValueError: if `pattern` is not a pattern.
+    """
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"`pattern` must be a pattern. Received: pattern={pattern!r}")
+    return {"class_name": type(pattern).__name__, "config": pattern.get_config()}
+
+
+def deserialize(config):
+    """The pattern that `serialize` made `config` from. Keys that Keras adds beside the two are ignored.
+
+    Raises:
+        ValueError: if `config` is not such a dict, names no pattern, or has arguments that the pattern refuses.
+    """
+    from stf import patterns
+
+    if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
+        raise ValueError(
+            "`config` must be a dict with 'class_name' and 'config', as `serialize` gives. "
+            f"Received: config={config!r}"
+        )
+    name = config["class_name"]
+    kind = getattr(patterns, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, Pattern) and kind is not Pattern):
+        raise ValueError(f"`config` names no pattern. Received: class_name={name!r}")
+    try:
+        return kind.from_config(config["config"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"`config` does not fit {name} ({error}). Received: config={config!r}"
+        ) from error
+
+
+def get(pattern):
+    """`pattern` itself, or the pattern of a dict that `serialize` gave: what layers do with their argument.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    if isinstance(pattern, dict):
+        return deserialize(pattern)
+    raise ValueError(
+        f"`pattern` must be a pattern of stf.patterns, or its config. Received: pattern={pattern!r}"
+    )

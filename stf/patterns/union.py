@@ -1,0 +1,70 @@
+"""The union of patterns."""
+
+from stf.patterns.pattern import Pattern
+from stf.patterns.serialization import deserialize, serialize
+
+
+class Union(Pattern):
+    """All keys of all `parts`, each once: one head over the union of sets (Eq. 7 of Child et al. 2019).
+
+    `p | q` is `Union([p, q])`. Unions in `parts` are replaced by their own parts, repeated parts by one.
+
+    Example:
+
+    >>> (Local(1) | Strided(3)).keys(6)
+    array([0, 3, 5, 6])
+
+    Args:
+        parts: patterns, at least one.
+
+    Raises:
+        ValueError: if `parts` is empty or has something in it that is not a pattern.
+    """
+
+    def __init__(self, parts):
+        parts = check_patterns("parts", parts)
+        flat = (
+            each for part in parts for each in (part.parts if isinstance(part, Union) else (part,))
+        )
+        self.parts = tuple(dict.fromkeys(flat))
+
+    def get_config(self):
+        return {"parts": [serialize(part) for part in self.parts]}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls([deserialize(part) for part in config["parts"]])
+
+    def for_head(self, head):
+        return Union([part.for_head(head) for part in self.parts])
+
+    def check_positions(self, n):
+        for part in self.parts:
+            part.check_positions(n)
+
+    def check_heads(self, num_heads):
+        for part in self.parts:
+            part.check_heads(num_heads)
+
+    def _leaves(self):
+        return tuple(leaf for part in self.parts for leaf in part._leaves())
+
+    def _identity(self):
+        return self.parts
+
+    def __repr__(self):
+        return (
+            " | ".join(map(repr, self.parts)) if len(self.parts) > 1 else f"Union({[*self.parts]})"
+        )
+
+
+def check_patterns(name, patterns):
+    """Returns `patterns` as a tuple, or raises ValueError unless they are patterns, one at least."""
+    if isinstance(patterns, Pattern) or not hasattr(patterns, "__iter__"):
+        raise ValueError(f"`{name}` must be a list of patterns. Received: {name}={patterns!r}")
+    patterns = tuple(patterns)
+    if not patterns or not all(isinstance(pattern, Pattern) for pattern in patterns):
+        raise ValueError(
+            f"`{name}` must be a list of one or more patterns. Received: {name}={[*patterns]!r}"
+        )
+    return patterns

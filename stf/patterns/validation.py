@@ -1,0 +1,32 @@
+"""Checks of the arguments that patterns take: each error states the constraint and the value received."""
+
+import operator
+
+import numpy as np
+
+# Every size fits 32 bits, so that a kernel may add and multiply a few of them in 64 without a thought.
+LARGEST = 2**31 - 1
+
+
+def integer(name, value, least):
+    """Returns `value` as an int, or raises ValueError unless it is an integer, `least <= value < 2**31`.
+
+    Args:
+        name: name of the argument, for the message.
+        value: an int or a NumPy integer. Booleans and floats are refused, whole or not.
+        least: smallest value allowed.
+    """
+    constraint = f"`{name}` must be an integer, {least} or more"
+    if isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{constraint}. Received: {name}={value!r} (a boolean)")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{constraint}. Received: {name}={value!r} (of type {type(value).__name__})"
+        ) from None
+    if number < least:
+        raise ValueError(f"{constraint}. Received: {name}={number}")
+    if number > LARGEST:
+        raise ValueError(f"`{name}` must be less than 2**31. Received: {name}={number}")
+    return number
