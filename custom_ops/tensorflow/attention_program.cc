@@ -1,0 +1,89 @@
+#include "custom_ops/tensorflow/attention_program.h"
+
+#include <cmath>
+#include <limits>
+
+#include "tensorflow/core/platform/errors.h"
+
+namespace stf {
+namespace {
+
+using tensorflow::errors::InvalidArgument;
+
+constexpr int kRecord = 6;                                                // integers of a component
+constexpr int kMostComponents = 63;                                       // of a head: `exclude` has a bit for each
+constexpr int64_t kLargest = std::numeric_limits<int64_t>::max() / 4096;  // of a parameter, so that no product of two tiles overflows
+
+absl::Status CheckComponent(const stf_component& c, int index, int64_t layout_bits) {
+  auto invalid = [index](const char* rule, const char* name, int64_t value) {
+    return InvalidArgument("components: ", rule, ". Received: ", name, "=", value, " in component ", index);
+  };
+  if (c.kind < STF_CAUSAL || c.kind > STF_BLOCKS) return invalid("kind must be from 0 to 5", "kind", c.kind);
+  if (c.kind != STF_CAUSAL && c.kind != STF_LOCAL && c.a < 1) return invalid("stride must be at least 1", "stride", c.a);
+  if (c.kind == STF_LOCAL && c.a < 0) return invalid("window must be at least 0", "window", c.a);
+  for (const int64_t parameter : {c.a, c.b, c.c, c.d}) {
+    if (parameter < 0 || parameter > kLargest) return invalid("parameters must not be negative or huge", "parameter", parameter);
+  }
+  if (c.kind == STF_STRIDED && c.b > kLargest / c.a) return invalid("first distance must not be huge", "b", c.b);
+  if (c.kind == STF_SUMMARY) {
+    if (c.c > c.a) return invalid("summary must not be larger than stride", "end column", c.c);
+    if (c.b >= c.c) return invalid("summary must have a column", "begin column", c.b);
+    if (c.d > 1) return invalid("d must be 0 or 1", "d", c.d);
+  }
+  if (c.kind == STF_BLOCKS) {
+    if (c.c < 1) return invalid("a layout must have a block", "blocks", c.c);
+    if (c.c > (int64_t{1} << 24) || c.b > layout_bits || c.c * c.c > layout_bits - c.b)
+      return invalid("layouts must hold blocks x blocks bits", "blocks", c.c);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Program::Init(tensorflow::OpKernelConstruction* context) {
+  std::vector<int64_t> records, bounds;
+  tensorflow::tstring bits;
+  TF_RETURN_IF_ERROR(context->GetAttr("components", &records));
+  TF_RETURN_IF_ERROR(context->GetAttr("program_begin", &bounds));
+  TF_RETURN_IF_ERROR(context->GetAttr("layouts", &bits));
+  TF_RETURN_IF_ERROR(context->GetAttr("scale", &scale));
+  layouts = std::string(bits.data(), bits.size());
+  if (!std::isfinite(scale)) return InvalidArgument("scale must be finite. Received: scale=", scale);
+  if (records.size() % kRecord != 0)
+    return InvalidArgument("components must be records of ", kRecord, " integers. Received: ", records.size(), " integers");
+  const int64_t count = records.size() / kRecord;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t* r = &records[i * kRecord];
+    components.push_back({r[0], r[1], r[2], r[3], r[4], r[5]});
+    TF_RETURN_IF_ERROR(CheckComponent(components.back(), i, 8 * static_cast<int64_t>(layouts.size())));
+  }
+  if (bounds.empty() || bounds.front() != 0 || bounds.back() != count)
+    return InvalidArgument("program_begin must run from 0 to the number of components, ", count, ". Received: ", bounds.size(),
+                           " integers");
+  for (size_t p = 0; p + 1 < bounds.size(); p++) {
+    const int64_t size = bounds[p + 1] - bounds[p];
+    if (size < 0 || size > kMostComponents)
+      return InvalidArgument("program_begin must grow by 0 to ", kMostComponents, ". Received: ", bounds[p + 1], " after ", bounds[p]);
+    for (int64_t i = 0; i < size; i++) {
+      const int64_t exclude = components[bounds[p] + i].exclude;
+      if (exclude < 0 || exclude >> i != 0)
+        return InvalidArgument("components: exclude must name earlier components of the head. Received: exclude=", exclude,
+                               " in component ", bounds[p] + i);
+    }
+  }
+  begin.assign(bounds.begin(), bounds.end());
+  return absl::OkStatus();
+}
+
+absl::Status Program::CheckPositions(int64_t positions) const {
+  for (const stf_component& c : components) {
+    if (c.kind != STF_BLOCKS) continue;
+    const int64_t blocks = positions / c.a + (positions % c.a != 0);
+    if (c.c != blocks)
+      return InvalidArgument("layout must have ceil(positions / block_size) = ", blocks, " blocks for ", positions,
+                             " positions. Received: a layout of ", c.c, " x ", c.c, " blocks");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace stf

@@ -1,0 +1,13 @@
+"""Attention over a sparse pattern: the custom op, its gradient, and the dense reference."""
+
+from stf.ops.attention import attention
+from stf.ops.library import LibraryNotFoundError, is_available, library_path
+from stf.ops.reference import reference_attention
+
+__all__ = [
+    "LibraryNotFoundError",
+    "attention",
+    "is_available",
+    "library_path",
+    "reference_attention",
+]
