@@ -50,6 +50,7 @@ inline void WriteGradient(const Arguments& args, const Item& item, const stf_ten
                           int64_t depth, const float* row) {
   const int32_t dtype = sum.data ? static_cast<int32_t>(STF_FLOAT32) : args.problem->dtype;
   char* to = Element(sum.data ? sum : grad, dtype, item.batch, position, item.head);
+  if (item.whole) PrefetchNext(to, depth * ElementSize(dtype));
   if (item.group->first) {
     WriteRow(row, dtype, depth, to);
   } else {
@@ -104,7 +105,9 @@ inline void ReadStatistics(const Arguments& args, const Item& item, const View& 
     const int64_t position = view.Position(first + lane);
     const int64_t statistic = (item.batch * p.heads + item.head) * p.positions + position;
     if (args.log_sum_exp[statistic] != -__builtin_inff()) s.log_sum_exp[lane] = args.log_sum_exp[statistic] * kLog2E;
-    ReadRow(Element(args.output, p.dtype, item.batch, position, item.head), p.dtype, p.value_depth, s.row);
+    const char* from = Element(args.output, p.dtype, item.batch, position, item.head);
+    if (item.whole) PrefetchNext(from, p.value_depth * ElementSize(p.dtype));
+    ReadRow(from, p.dtype, p.value_depth, s.row);
     Vec sum = {};
     for (int64_t d = 0; d < value_row; d += kWidth) sum += Load(s.row + d) * Load(s.grad_rows + lane * value_row + d);
     float delta = args.log_sum_exp_grad ? -args.log_sum_exp_grad[statistic] : 0.0f;

@@ -46,8 +46,11 @@ inline void ReadQueries(const Arguments& args, const Item& item, const View& vie
                         int64_t depth, float* rows) {
   const int32_t dtype = args.problem->dtype;
   const int64_t row = Padded(depth);
-  for (int lane = 0; lane < lanes; lane++)
-    ReadRow(Element(tensor, dtype, item.batch, view.Position(first + lane), item.head), dtype, depth, rows + lane * row);
+  for (int lane = 0; lane < lanes; lane++) {
+    const char* from = Element(tensor, dtype, item.batch, view.Position(first + lane), item.head);
+    if (item.whole) PrefetchNext(from, depth * ElementSize(dtype));
+    ReadRow(from, dtype, depth, rows + lane * row);
+  }
   const int64_t read = (lanes + kGroup - 1) / kGroup * kGroup;
   Fill(rows + lanes * row, (read - lanes) * row, 0);
 }
@@ -79,7 +82,9 @@ inline void WriteOutput(const Arguments& args, const Item& item, const View& vie
     const Vec factor = Broadcast(sum == 0 ? 0.0f : 1.0f / sum);
     float* x = output + lane * row;
     for (int64_t d = 0; d < row; d += kWidth) Store(x + d, Load(x + d) * factor);
-    WriteRow(x, dtype, p.value_depth, Element(to, dtype, item.batch, position, item.head));
+    char* row_to = Element(to, dtype, item.batch, position, item.head);
+    if (item.whole) PrefetchNext(row_to, p.value_depth * ElementSize(dtype));
+    WriteRow(x, dtype, p.value_depth, row_to);
     args.log_sum_exp[(item.batch * p.heads + item.head) * p.positions + position] =
         sum == 0 ? -__builtin_inff() : (state.top[lane] + __builtin_log2f(sum)) * kLn2;
   }

@@ -131,6 +131,11 @@ inline void Transpose(const float* from, int64_t rows, int64_t depth, float fact
   }
 }
 
+// Asks for the `bytes` behind a row of as many.
+inline void PrefetchNext(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + bytes + i, 0, 2);
+}
+
 inline char* Element(const stf_tensor& tensor, int32_t dtype, int64_t batch, int64_t position, int64_t head) {
   return static_cast<char*>(tensor.data) + ElementSize(dtype) * (batch * tensor.batch_stride + position * tensor.position_stride +
                                                                  head * tensor.head_stride);

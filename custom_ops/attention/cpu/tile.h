@@ -49,13 +49,21 @@ struct KeyReader {
   float *key, *value;  // scratch: kKeys rows, or the whole sequence
   bool whole;
 
+  // Where the whole sequence is read, the next item's rows lie right behind this one's (the next head, or the next sequence's first): they
+  // are asked for now, since rows a stride apart are no pattern that the processor would foresee.
   void Read(const Arguments& args, const Item& item, const stf_component& c, const View& view, int64_t begin, int64_t count) const {
     const stf_problem& p = *args.problem;
     const int64_t key_row = Padded(p.key_depth), value_row = Padded(p.value_depth);
     for (int64_t t = 0; t < count; t++) {
       const int64_t position = KeyPosition(c, view, begin + t);
-      ReadRow(Element(args.key, p.dtype, item.batch, position, item.head), p.dtype, p.key_depth, key + t * key_row);
-      ReadRow(Element(args.value, p.dtype, item.batch, position, item.head), p.dtype, p.value_depth, value + t * value_row);
+      const char* key_from = Element(args.key, p.dtype, item.batch, position, item.head);
+      const char* value_from = Element(args.value, p.dtype, item.batch, position, item.head);
+      if (whole) {
+        PrefetchNext(key_from, p.key_depth * ElementSize(p.dtype));
+        PrefetchNext(value_from, p.value_depth * ElementSize(p.dtype));
+      }
+      ReadRow(key_from, p.dtype, p.key_depth, key + t * key_row);
+      ReadRow(value_from, p.dtype, p.value_depth, value + t * value_row);
     }
   }
 
