@@ -1,7 +1,7 @@
 """What attends to what: patterns of sparse causal attention. NumPy only.
 
-The sets are those of Child, Gray, Radford and Sutskever, "Generating Long Sequences with Sparse Transformers"
-(arXiv 1904.10509, Section 4), for positions 0 ... n-1; every one is causal, `j <= i`.
+The sets are those of Child, Gray, Radford and Sutskever, "Generating Long Sequences with Sparse
+Transformers" (arXiv 1904.10509, Section 4), for positions 0 ... n-1; every one is causal, `j <= i`.
 """
 
 from stf.patterns.blocks import Blocks

@@ -9,8 +9,8 @@ from stf.patterns.validation import integer
 class Blocks(Pattern):
     """Any layout of blocks: `{j <= i : layout[floor(i / block_size), floor(j / block_size)]}`.
 
-    Blocks above the diagonal are never attended to, whatever the layout says, and blocks on the diagonal
-    as far as the query. (The block-sparse attention of Section 5.5 of Child et al. 2019.)
+    Blocks above the diagonal are never attended to, whatever the layout says, and blocks on the
+    diagonal as far as the query. (The block-sparse attention of Section 5.5 of Child et al. 2019.)
 
     Example:
 
@@ -18,14 +18,15 @@ class Blocks(Pattern):
     array([0, 1])
 
     Args:
-        layout: bool array, `[blocks, blocks]` for all heads or `[heads, blocks, blocks]` with one layout a
-            head, where `blocks = ceil(n / block_size)` for sequences of n positions. It is copied.
+        layout: bool array, `[blocks, blocks]` for all heads or `[heads, blocks, blocks]` with one
+            layout a head, where `blocks = ceil(n / block_size)` for sequences of n positions. It is
+            copied.
         block_size: length of a block, 1 or more.
 
     Raises:
-        ValueError: if `layout` is not a square bool array of two or three dimensions with at least one block
-            (and head), or `block_size` is not an integer or less than 1; later, if it is used with a length
-            or a number of heads that it was not made for.
+        ValueError: if `layout` is not a square bool array of two or three dimensions with at least
+            one block (and head), or `block_size` is not an integer or less than 1; later, if it is
+            used with a length or a number of heads that it was not made for.
     """
 
     def __init__(self, layout, block_size):
@@ -39,7 +40,7 @@ class Blocks(Pattern):
             )
         if layout.ndim not in (2, 3) or layout.shape[-1] != layout.shape[-2] or not layout.size:
             raise ValueError(
-                "`layout` must have shape [blocks, blocks] or [heads, blocks, blocks], none of them 0. "
+                "`layout` must have shape [blocks, blocks] or [heads, blocks, blocks], none 0. "
                 f"Received: layout of shape {layout.shape}"
             )
         layout.flags.writeable = False
@@ -63,7 +64,7 @@ class Blocks(Pattern):
 
     @classmethod
     def from_config(cls, config):
-        """The pattern of a config: `layout` as rows of "0" and "1" as `get_config` gives, or as an array."""
+        """The pattern of a config, its `layout` in rows of "0" and "1", or as an array."""
         layout = config["layout"]
 
         def bits(row):

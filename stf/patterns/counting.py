@@ -2,14 +2,16 @@
 
 Every leaf has one of three shapes, and each shape is closed under union:
 
-- an interval that ends at the query, `_start(i) <= j <= i` (causal, local, own block): the longest one wins;
-- a set of columns that does not depend on the query beyond its row of blocks, `_columns(n, row)` (summary,
-  block layouts): one bit a position;
-- distances that are multiples of a stride, `_stride` (strided): two strides share the multiples of their
-  least common multiple.
+- an interval that ends at the query, `_start(i) <= j <= i` (causal, local, own block): the longest
+  one wins;
+- a set of columns that does not depend on the query beyond its row of blocks, `_columns(n, row)`
+  (summary, block layouts): one bit a position;
+- distances that are multiples of a stride, `_stride` (strided): two strides share the multiples of
+  their least common multiple.
 
-So a query's count is its interval, plus the columns before the interval, plus, for each stride and by
-inclusion and exclusion over the strides, the positions before the interval that are not such columns.
+So a query's count is its interval, plus the columns before the interval, plus, for each stride and
+by inclusion and exclusion over the strides, the positions before the interval that are not such
+columns.
 """
 
 import math
@@ -32,12 +34,12 @@ def counts(leaves, n):
 
 
 def _inclusion_exclusion(strides, n):
-    """{m: sign} such that the indicator of a multiple of any stride is the signed sum over multiples of m."""
+    """{m: sign}: being a multiple of any stride is the signed sum of being a multiple of each m."""
     terms = {}
     for stride in strides:
         terms_of_stride = {min(stride, n): 1}
         for multiple, sign in terms.items():
-            # Beyond n positions every multiple is alike: only the query itself is at such a distance.
+            # From n on every multiple is alike: only the query itself is at such a distance.
             common = min(math.lcm(multiple, min(stride, n)), n)
             terms_of_stride[common] = terms_of_stride.get(common, 0) - sign
         for multiple, sign in terms_of_stride.items():

@@ -18,8 +18,10 @@ class Fixed(Pattern):
 
     Args:
         stride: length of a block, 1 or more; the paper's l.
-        summary: number of summary columns of a block, from 1 to `stride`; the paper's c, in {8, 16, 32}.
-        sub_block: the sub-block of every head, from 0 to `floor(stride / summary) - 1`; None: each head its own.
+        summary: number of summary columns of a block, from 1 to `stride`; the paper's c, in {8, 16,
+            32}.
+        sub_block: the sub-block of every head, from 0 to `floor(stride / summary) - 1`; None: each
+            head its own.
 
     Raises:
         ValueError: if an argument is not an integer or out of the range above.

@@ -7,10 +7,11 @@ from stf.patterns.validation import integer
 
 
 class Local(Pattern):
-    """The query and the `window` positions before it: `{max(0, i - window), ..., i}`, `window + 1` keys at most.
+    """The query and the `window` positions before it: `{max(0, i - window), ..., i}`.
 
-    With `window = l` this is the first head of strided attention (Section 4.3 of Child et al. 2019).
-    The code that its authors released attends to one key less: that is `Local(l - 1)`.
+    That is `window + 1` keys at most. With `window = l` this is the first head of strided attention
+    (Section 4.3 of Child et al. 2019). The code that its authors released attends to one key less:
+    that is `Local(l - 1)`.
 
     Example:
 

@@ -1,4 +1,7 @@
-"""From patterns to what the kernels run: disjoint components, packed as custom_ops/attention/problem.h has them."""
+"""From patterns to what the kernels run: disjoint components, packed for the op.
+
+Their kinds and the numbers that describe them are those of custom_ops/attention/problem.h.
+"""
 
 import dataclasses
 import enum
@@ -28,12 +31,14 @@ class Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Component:
-    """One of the disjoint sets that a head's pattern is made of; the kernels run them one by one and merge.
+    """One of the disjoint sets that a head's pattern is made of.
+
+    The kernels run one after the other and merge the outputs by log-sum-exp.
 
     Attributes:
         kind: `Kind`.
-        a, b, c, d: what problem.h says for the kind, except that b of a block layout, its place among the
-            layouts of a program, is 0 until `lower` packs it.
+        a, b, c, d: what problem.h says for the kind, except that b of a block layout, its place
+            among the layouts of a program, is 0 until `lower` packs it.
         exclude: bit t is set where the keys of the head's t-th component are left out of this one.
         layout: bool `[c, c]` for a block layout, None for all else.
     """
@@ -58,13 +63,13 @@ class Component:
 
 
 class Program(NamedTuple):
-    """All heads' components, packed for the op. Head h runs program `h mod (len(program_begin) - 1)`.
+    """All heads' components, packed for the op. Head h runs program `h mod programs`.
 
     Attributes:
         components: records of six ints: kind, a, b, c, d, exclude.
-        program_begin: index of each program's first record, and the number of records at the end.
-        layouts: the bits of all block layouts, row-major, least significant bit first; each begins a byte,
-            and a record's b is the index of its first bit.
+        program_begin: `[programs + 1]`, index of each program's first record, then their number.
+        layouts: the bits of all block layouts, row-major, least significant bit first; each begins
+            a byte, and a record's b is the index of its first bit.
     """
 
     components: list
@@ -109,12 +114,13 @@ def lower(pattern, num_heads):
 
 
 def components(leaves):
-    """The disjoint components whose union is the union of `leaves`, patterns of one head without parts.
+    """The disjoint components whose union is that of `leaves`, patterns of one head without parts.
 
-    Everything that closed forms can tell is told by them: what lies in another part is dropped, parts of one
-    kind are merged where their union is of that kind, and a strided part begins behind the local one (b), a
-    summary part behind its own block (d). Only where two parts may still overlap does the later one exclude
-    the earlier. Dense kinds come first, so that it is the sparse ones that pay for a mask.
+    Everything that closed forms can tell is told by them: what lies in another part is dropped,
+    parts of one kind are merged where their union is of that kind, and a strided part begins behind
+    the local one (b), a summary part behind its own block (d). Only where two parts may still
+    overlap does the later one exclude the earlier. Dense kinds come first, so that it is the sparse
+    ones that pay for a mask.
     """
     parts = _simplify(leaves)
     if len(parts) > 63:
@@ -130,8 +136,9 @@ def components(leaves):
 
 
 def _simplify(leaves):
-    """Components that cover the leaves; each may overlap others, but holds no key that none of the leaves has."""
-    of = {kind: [leaf for leaf in leaves if isinstance(leaf, kind)] for kind in _KINDS}
+    """Components that together are exactly the union of the leaves, but may overlap."""
+    kinds = Causal, Local, Strided, OwnBlock, Summary, Blocks
+    of = {kind: [leaf for leaf in leaves if isinstance(leaf, kind)] for kind in kinds}
     columns = _merge_columns(of[Summary])
     everything = any(leaf.stride == 1 for leaf in of[Strided]) or any(
         (first, end) == (0, stride) for stride, first, end in columns
@@ -157,17 +164,12 @@ def _simplify(leaves):
     for stride in strides:
         first = window // stride + 1  # behind the local window; 0 where there is none
         if any(size <= stride for size in sizes):
-            first = max(
-                first, 1
-            )  # the own block holds the query, and no other multiple of the stride
+            first = max(first, 1)  # the own block holds the query, and no other multiple
         parts.append(Component(Kind.STRIDED, stride, first))
     for stride, begin, end in columns:
         covered = window >= stride - 1 or any(size % stride == 0 for size in sizes)
         parts.append(Component(Kind.SUMMARY, stride, begin, end, 0 if covered else 1))
     return parts
-
-
-_KINDS = (Causal, Local, Strided, OwnBlock, Summary, Blocks)
 
 
 def _without_multiples(strides):
@@ -186,7 +188,7 @@ def _merge_columns(summaries):
 
 
 def _block_components(leaves, sizes, window):
-    """One component for each shape of layout, without the blocks that the own blocks or the window cover."""
+    """A component for each shape of layout, less what the own blocks or the window cover."""
     layouts = {}
     for leaf in leaves:
         key = leaf.block_size, leaf.blocks
@@ -203,7 +205,7 @@ def _block_components(leaves, sizes, window):
 
 
 def _disjoint(one, other):
-    """Whether a closed form tells that two components of `_simplify`, in their order there, share no key."""
+    """Whether a closed form tells that two components of `_simplify`, in order, share no key."""
     pair = one.kind, other.kind
     if pair == (Kind.LOCAL, Kind.STRIDED):
         return other.b * other.a > one.a
@@ -221,13 +223,13 @@ def _disjoint(one, other):
 
 
 def _nearest(blocks):
-    """The least distance of a key from its query in a layout's blocks, of which there is one at least."""
+    """The least distance of a key from its query in a layout with one block at least."""
     row, column = np.nonzero(blocks.layout)
     return max(0, (int((row - column).min()) - 1) * blocks.a + 1)
 
 
 def components_mask(program, n, head=0):
-    """The keys of each packed component of a head, worked out from problem.h's words alone; for tests.
+    """The keys of each packed component of a head, from problem.h's words alone; for tests.
 
     Args:
         program: a `Program`.

@@ -7,7 +7,7 @@ from stf.patterns.validation import integer
 
 
 class OwnBlock(Pattern):
-    """The query's own block as far as the query: `{j <= i : floor(j / stride) = floor(i / stride)}`.
+    """The query's own block so far: `{j <= i : floor(j / stride) = floor(i / stride)}`.
 
     The first head of fixed attention (Section 4.3 of Child et al. 2019).
 

@@ -7,12 +7,12 @@ from stf.patterns.validation import integer
 
 
 class Pattern:
-    """A set of keys for each query position and head, causal: `j <= i` for every key `j` of a query `i`.
+    """A set of keys for each query position and head; causal, `j <= i` for each key j of query i.
 
     A pattern is immutable, hashable and independent of the sequence length. Patterns combine:
-    `p | q` is their union (Eq. 7 of Child et al. 2019, "merged"), and `PerHead([p, q])` gives each head its
-    own (Eq. 8). Subclasses of this class that are not a combination are *leaves*; they define
-    `_keys`, `_mask` and one of the three shapes that `counting` knows.
+    `p | q` is their union (Eq. 7 of Child et al. 2019, "merged"), and `PerHead([p, q])` gives each
+    head its own (Eq. 8). Subclasses of this class that are not a combination are *leaves*; they
+    define `_keys`, `_mask` and one of the three shapes that `counting` knows.
 
     Example:
 
@@ -20,7 +20,7 @@ class Pattern:
     >>> pattern.keys(7)
     array([1, 4, 5, 6, 7])
     >>> pattern.pairs(8)
-    24
+    28
     >>> pattern.mask(3).astype(int)
     array([[1, 0, 0],
            [1, 1, 0],
@@ -67,13 +67,13 @@ class Pattern:
         return mask & (j <= i)
 
     def counts(self, n, head=0):
-        """The number of keys of each query position, int64 `[n]`: `mask(n, head).sum(axis=1)` in O(n)."""
+        """The number of keys of each query, int64 `[n]`: `mask(n, head).sum(axis=1)` in O(n)."""
         n = integer("n", n, 0)
         self.check_positions(n)
         return counting.counts(self.for_head(head)._leaves(), n)
 
     def pairs(self, n, head=0):
-        """The number of (query, key) pairs of one head over `n` positions, exactly: `mask(n, head).sum()`.
+        """The exact number of (query, key) pairs of one head: `mask(n, head).sum()`.
 
         Takes O(n) memory, and O(n) time (O(n * blocks) where a block layout takes part).
         """
@@ -82,8 +82,9 @@ class Pattern:
     def flops(self, n, key_dim, value_dim, num_heads=1, batch=1, backward=False):
         """Floating-point operations of attention, a multiply-add being two, softmax not counted.
 
-        Forward, `2 (key_dim + value_dim)` a pair: the scores and the weighted sum of values. Backward, with
-        the scores computed again from the log-sum-exp, adds `2 (3 key_dim + 2 value_dim)` a pair.
+        Forward, `2 (key_dim + value_dim)` a pair: the scores and the weighted sum of values.
+        Backward, with the scores computed again from the log-sum-exp, adds `2 (3 key_dim + 2
+        value_dim)` a pair.
 
         Args:
             n: number of positions.
@@ -110,8 +111,9 @@ class Pattern:
     def bytes(self, n, key_dim, value_dim, num_heads=1, batch=1, itemsize=4, backward=False):
         """The least that attention must move to and from memory, in bytes.
 
-        Forward reads query, key and value once and writes the output and the float32 log-sum-exp. Backward
-        adds reading query, key, value, output, its gradient and the log-sum-exp, and writing three gradients.
+        Forward reads query, key and value once and writes the output and the float32 log-sum-exp.
+        Backward adds reading query, key, value, output, its gradient and the log-sum-exp, and
+        writing three gradients.
 
         Args:
             n: number of positions.
@@ -134,19 +136,19 @@ class Pattern:
         return rows * a_row
 
     def components(self, head=0):
-        """What the kernels run for one head: disjoint `Component`s whose union is this pattern (see `lower`)."""
+        """What the kernels run for one head: disjoint `Component`s whose union is the pattern."""
         from stf.patterns import lowering
 
         return lowering.components(self.for_head(head)._leaves())
 
     def check_positions(self, n):
-        """Raises ValueError where the pattern cannot serve `n` positions (a block layout of another size)."""
+        """Raises ValueError where a block layout was made for another number of positions."""
 
     def check_heads(self, num_heads):
-        """Raises ValueError where the pattern cannot serve `num_heads` heads (a layout for another number)."""
+        """Raises ValueError where a block layout was made for another number of heads."""
 
     def get_config(self):
-        """The arguments of the constructor as plain data (int, str, list, dict, None), fit for JSON."""
+        """The constructor's arguments as plain data (int, str, list, dict, None), fit for JSON."""
         return {}
 
     @classmethod

@@ -7,7 +7,9 @@ from stf.patterns.validation import integer
 
 
 class PerHead(Pattern):
-    """Head h uses `patterns[h mod len(patterns)]`: multi-head sparse attention (Eq. 8 of Child et al. 2019).
+    """Multi-head sparse attention: head h uses `patterns[h mod len(patterns)]`.
+
+    The third integration of factorised attention (Eq. 8 of Child et al. 2019).
 
     Example:
 

@@ -12,10 +12,11 @@ from stf.patterns.validation import integer
 def hops(patterns, n, num_heads=1):
     """The most hops from a position to one before it, through layers that use `patterns` in turn.
 
-    Layer k attends by `patterns[k mod p]`; a hop goes down one layer, to a key of any head or, by the residual
-    connection, to the position itself. The answer holds for whatever layer one begins at: it is the smallest
-    number such that that many consecutive layers, the cycle beginning anywhere, connect every pair `j <= i`.
-    Patterns that factorise dense attention need at most p + 1 (Section 4.2 of Child et al. 2019).
+    Layer k attends by `patterns[k mod p]`; a hop goes down one layer, to a key of any head or, by
+    the residual connection, to the position itself. The answer holds for whatever layer one begins
+    at: it is the smallest number such that that many consecutive layers, the cycle beginning
+    anywhere, connect every pair `j <= i`. Patterns that factorise dense attention need at most
+    p + 1 (Section 4.2 of Child et al. 2019).
 
     Takes O(n**3) time and O(n**2) memory: meant for n of some hundreds.
 

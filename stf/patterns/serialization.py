@@ -4,7 +4,7 @@ from stf.patterns.pattern import Pattern
 
 
 def serialize(pattern):
-    """A pattern as plain data: `{"class_name": ..., "config": ...}`, fit for JSON and for a Keras config.
+    """A pattern as plain data, `{"class_name": ..., "config": ...}`, for JSON and Keras configs.
 
     Example:
 
@@ -20,10 +20,11 @@ def serialize(pattern):
 
 
 def deserialize(config):
-    """The pattern that `serialize` made `config` from. Keys that Keras adds beside the two are ignored.
+    """The pattern that `serialize` made `config` from; further keys are ignored.
 
     Raises:
-        ValueError: if `config` is not such a dict, names no pattern, or has arguments that the pattern refuses.
+        ValueError: if `config` is not such a dict, names no pattern, or has arguments that the
+            pattern refuses.
     """
     from stf import patterns
 
@@ -45,7 +46,7 @@ def deserialize(config):
 
 
 def get(pattern):
-    """`pattern` itself, or the pattern of a dict that `serialize` gave: what layers do with their argument.
+    """`pattern` itself, or the pattern of a dict that `serialize` gave; for a layer's argument.
 
     Raises:
         ValueError: if it is neither.

@@ -9,8 +9,8 @@ from stf.patterns.validation import integer
 class Strided(Pattern):
     """Every `stride`-th position back from the query: `{j <= i : (i - j) mod stride = 0}`.
 
-    The second head of strided attention (Section 4.3 of Child et al. 2019). The merged head (Eq. 7) is
-    `Local(stride) | Strided(stride)`.
+    The second head of strided attention (Section 4.3 of Child et al. 2019). The merged head (Eq. 7)
+    is `Local(stride) | Strided(stride)`.
 
     Example:
 
@@ -18,7 +18,8 @@ class Strided(Pattern):
     array([1, 4, 7])
 
     Args:
-        stride: distance of neighbouring keys, 1 or more; the paper's l, close to the square root of the length.
+        stride: distance of neighbouring keys, 1 or more; the paper's l, close to the square root of
+            the length.
 
     Raises:
         ValueError: if `stride` is not an integer, or less than 1.

@@ -9,10 +9,10 @@ from stf.patterns.validation import integer
 class Summary(Pattern):
     """`summary` columns of every block so far: `{j <= i : l - c (s + 1) <= j mod l < l - c s}`.
 
-    Here l is `stride`, c is `summary` and s the sub-block. The second head of fixed attention (Section 4.3
-    of Child et al. 2019): with several heads, each takes its own sub-block, counted from the block's end,
-    `s = head mod floor(l / c)`. The own block's columns are in the set as far as the query; a query before
-    the first such column attends to nothing.
+    Here l is `stride`, c is `summary` and s the sub-block. The second head of fixed attention
+    (Section 4.3 of Child et al. 2019): with several heads, each takes its own sub-block, counted
+    from the block's end, `s = head mod floor(l / c)`. The own block's columns are in the set as far
+    as the query; a query before the first such column attends to nothing.
 
     Example:
 
@@ -26,7 +26,8 @@ class Summary(Pattern):
     Args:
         stride: length of a block, 1 or more; the paper's l.
         summary: number of columns of a block, from 1 to `stride`; the paper's c.
-        sub_block: the sub-block of every head, from 0 to `floor(stride / summary) - 1`; None: each head its own.
+        sub_block: the sub-block of every head, from 0 to `floor(stride / summary) - 1`; None: each
+            head its own.
 
     Raises:
         ValueError: if an argument is not an integer or out of the range above.
@@ -46,7 +47,7 @@ class Summary(Pattern):
 
     @property
     def columns(self):
-        """(first, last + 1) of the columns within a block; of head 0 where each head has its own."""
+        """(first, last + 1) of the columns within a block; of head 0 where heads differ."""
         end = self.stride - self.summary * (self.sub_block or 0)
         return end - self.summary, end
 

@@ -5,9 +5,10 @@ from stf.patterns.serialization import deserialize, serialize
 
 
 class Union(Pattern):
-    """All keys of all `parts`, each once: one head over the union of sets (Eq. 7 of Child et al. 2019).
+    """All keys of all `parts`, each once: merged heads (Eq. 7 of Child et al. 2019).
 
-    `p | q` is `Union([p, q])`. Unions in `parts` are replaced by their own parts, repeated parts by one.
+    `p | q` is `Union([p, q])`. Unions in `parts` are replaced by their own parts, repeated parts by
+    one.
 
     Example:
 
@@ -59,7 +60,7 @@ class Union(Pattern):
 
 
 def check_patterns(name, patterns):
-    """Returns `patterns` as a tuple, or raises ValueError unless they are patterns, one at least."""
+    """`patterns` as a tuple, or ValueError unless they are patterns, one at least."""
     if isinstance(patterns, Pattern) or not hasattr(patterns, "__iter__"):
         raise ValueError(f"`{name}` must be a list of patterns. Received: {name}={patterns!r}")
     patterns = tuple(patterns)

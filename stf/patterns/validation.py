@@ -1,15 +1,15 @@
-"""Checks of the arguments that patterns take: each error states the constraint and the value received."""
+"""Checks of the arguments of patterns; an error states the constraint and the value received."""
 
 import operator
 
 import numpy as np
 
-# Every size fits 32 bits, so that a kernel may add and multiply a few of them in 64 without a thought.
+# Every size fits 32 bits, so that 64 hold any sum or product of two that a kernel may need.
 LARGEST = 2**31 - 1
 
 
 def integer(name, value, least):
-    """Returns `value` as an int, or raises ValueError unless it is an integer, `least <= value < 2**31`.
+    """`value` as an int, or ValueError unless it is an integer and `least <= value < 2**31`.
 
     Args:
         name: name of the argument, for the message.
