@@ -129,7 +129,7 @@ def test_layouts_are_packed():
     # Bits 0 and 7 of the one; bit 8, in its second byte, of the other.
     assert program.layouts == bytes([0b10000001, 0, 0, 1])
     first, second = [5, 4, 0, 3, 0, 0], [5, 4, 16, 3, 0, 0]
-    assert program.components == first + second + first + first
+    assert program.components == first + second + first  # the fourth head is the first again
 
 
 def test_empty_layouts_keep_a_component():
