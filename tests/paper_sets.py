@@ -2,8 +2,8 @@
 
 Written from the formulas of Child et al. 2019 (arXiv 1904.10509), Sections 4.2 and 4.3, and from
 nothing else: no module of stf is imported, and no arithmetic is shared with it. Positions are 0 to
-n-1, the stride is l, the summary length is c, and every set is causal, `j <= i`. Each function gives
-a bool array `[n, n]` whose row i is true at the keys of query i.
+n-1, the stride is l, the summary length is c, and every set is causal, `j <= i`. Each function
+gives a bool array `[n, n]` whose row i is true at the keys of query i.
 """
 
 import numpy as np

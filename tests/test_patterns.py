@@ -33,7 +33,9 @@ SIZES = [
 def stacks(draw, n=None):
     """(leaf patterns of one head, their masks by paper_sets, n)."""
     n = draw(st.integers(0, 40)) if n is None else n
-    size = st.integers(1, 14)
+    # Sizes of one stack are mostly kin, so that one part's closed forms meet another's.
+    kin = draw(st.integers(1, 8))
+    size = st.sampled_from([kin, kin, 2 * kin, 3 * kin]) | st.integers(1, 14)
     parts, masks = [], []
     for kind in draw(st.lists(st.sampled_from("clsobfm"), min_size=1, max_size=5)):
         l = draw(size)
@@ -43,8 +45,9 @@ def stacks(draw, n=None):
             parts.append(Causal())
             masks.append(paper_sets.causal(n))
         elif kind == "l":
-            parts.append(Local(l - 1))
-            masks.append(paper_sets.local(n, l - 1))
+            window = max(0, l + draw(st.integers(-3, 1)))
+            parts.append(Local(window))
+            masks.append(paper_sets.local(n, window))
         elif kind == "o":
             parts.append(OwnBlock(l))
             masks.append(paper_sets.own_block(n, l))

@@ -105,6 +105,43 @@ def test_block_layouts_lose_what_others_cover():
     assert (Local(7) | Blocks(np.eye(4, dtype=bool), 4)).components() == (Component(Kind.LOCAL, 7),)
 
 
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        # A window one short of the own block's first column leaves that to the summary.
+        (Local(6) | Summary(8, 2, 3), paper_sets.local(40, 6) | paper_sets.summary(40, 8, 2, 3)),
+        (Local(7) | Summary(8, 2, 3), paper_sets.local(40, 7) | paper_sets.summary(40, 8, 2, 3)),
+        (Local(2) | Summary(8, 4, 0), paper_sets.local(40, 2) | paper_sets.summary(40, 8, 4, 0)),
+        # Columns 5 and 7: a gap of one.
+        (
+            Summary(8, 1, 0) | Summary(8, 1, 2),
+            paper_sets.summary(40, 8, 1, 0) | paper_sets.summary(40, 8, 1, 2),
+        ),
+        # The last query of an own block, and a key as far back as its first.
+        (OwnBlock(9) | Strided(8), paper_sets.own_block(40, 9) | paper_sets.strided(40, 8)),
+        (
+            OwnBlock(5) | Blocks(np.eye(10, k=-2, dtype=bool), 3),
+            paper_sets.own_block(30, 5) | paper_sets.blocks(30, np.eye(10, k=-2), 3),
+        ),
+        # A layout whose nearest key is 5 positions back, beside windows around that.
+        *(
+            (
+                Local(window) | Blocks(np.eye(10, k=-2, dtype=bool), 4),
+                paper_sets.local(40, window) | paper_sets.blocks(40, np.eye(10, k=-2), 4),
+            )
+            for window in (4, 5, 10, 11)
+        ),
+    ],
+)
+def test_edges_of_the_closed_forms(pattern, expected):
+    check_program(pattern, 1, [expected])
+
+
+def test_summary_leaves_its_own_block_to_a_window():
+    assert (Local(3) | Summary(8, 4, 0)).components()[1] == Component(Kind.SUMMARY, 8, 4, 8, 0, 1)
+    assert (Local(2) | Summary(8, 4, 0)).components()[1] == Component(Kind.SUMMARY, 8, 4, 8, 1, 1)
+
+
 def test_excludes_only_what_may_overlap():
     local, strided, summary = (Local(3) | Summary(6, 2, 0) | Strided(8)).components()
     assert (local.kind, strided.kind, summary.kind) == (Kind.LOCAL, Kind.STRIDED, Kind.SUMMARY)

@@ -163,11 +163,12 @@ def _simplify(leaves):
     parts += blocks
     for stride in strides:
         first = window // stride + 1  # behind the local window; 0 where there is none
-        if any(size <= stride for size in sizes):
-            first = max(first, 1)  # the own block holds the query, and no other multiple
+        if sizes:
+            first = max(first, 1)  # the own block holds the query itself
         parts.append(Component(Kind.STRIDED, stride, first))
     for stride, begin, end in columns:
-        covered = window >= stride - 1 or any(size % stride == 0 for size in sizes)
+        reach = stride - 1 - begin  # of the own block's columns
+        covered = window >= reach or any(size % stride == 0 for size in sizes)
         parts.append(Component(Kind.SUMMARY, stride, begin, end, 0 if covered else 1))
     return parts
 
@@ -208,7 +209,7 @@ def _disjoint(one, other):
     """Whether a closed form tells that two components of `_simplify`, in order, share no key."""
     pair = one.kind, other.kind
     if pair == (Kind.LOCAL, Kind.STRIDED):
-        return other.b * other.a > one.a
+        return True
     if pair == (Kind.OWN_BLOCK, Kind.STRIDED):
         return other.b * other.a >= one.a
     if pair == (Kind.OWN_BLOCK, Kind.SUMMARY):
