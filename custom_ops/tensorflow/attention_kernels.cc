@@ -1,12 +1,13 @@
 // The attention op and its gradient on the CPU: checks, allocation, launch.
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <thread>
 
 #include "custom_ops/attention/cpu/attention.h"
 #include "custom_ops/tensorflow/attention_program.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/lib/core/threadpool.h"
-#include "tensorflow/core/platform/blocking_counter.h"
 #include "tensorflow/core/platform/errors.h"
 
 namespace stf {
@@ -26,8 +27,8 @@ constexpr int32_t kDtype<tensorflow::bfloat16> = STF_BFLOAT16;
 template <>
 constexpr int32_t kDtype<Eigen::half> = STF_FLOAT16;
 
-// TensorFlow's own worker threads as the kernels' stf_parallel. The calling thread works too, and runs whatever the pool has not begun, so
-// that a pool that is busy (or whose thread this is) delays nothing.
+// TensorFlow's own worker threads as the kernels' stf_parallel. The calling thread works too, and runs whatever the
+// pool has not begun, so that a pool that is busy (or whose thread this is) delays nothing.
 class Workers {
  public:
   explicit Workers(OpKernelContext* context) {
@@ -87,9 +88,7 @@ absl::Status Launched(int error) {
 template <typename T>
 class AttentionBase : public OpKernel {
  public:
-  explicit AttentionBase(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, program_.Init(context));
-  }
+  explicit AttentionBase(OpKernelConstruction* context) : OpKernel(context) { OP_REQUIRES_OK(context, program_.Init(context)); }
 
  protected:
   // The problem that the first four inputs describe. It points into them and into this kernel.
@@ -146,13 +145,12 @@ class AttentionCpu : public AttentionBase<T> {
     OP_REQUIRES_OK(context, this->Read(context, &problem));
     Tensor *output, *log_sum_exp;
     OP_REQUIRES_OK(context, context->allocate_output(0, context->input(2).shape(), &output));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(1, TensorShape({problem.batch, problem.heads, problem.positions}), &log_sum_exp));
+    OP_REQUIRES_OK(context, context->allocate_output(1, TensorShape({problem.batch, problem.heads, problem.positions}), &log_sum_exp));
     const stf_tensor query = Strided(context->input(0)), key = Strided(context->input(1)), value = Strided(context->input(2));
     const stf_tensor out = Strided(*output);
     const Workers workers(context);
-    OP_REQUIRES_OK(context, Launched(stf_attention_cpu_forward(&problem, &query, &key, &value, &out,
-                                                               log_sum_exp->flat<float>().data(), workers.get())));
+    OP_REQUIRES_OK(context, Launched(stf_attention_cpu_forward(&problem, &query, &key, &value, &out, log_sum_exp->flat<float>().data(),
+                                                               workers.get())));
   }
 };
 
@@ -181,15 +179,14 @@ class AttentionGradCpu : public AttentionBase<T> {
     }
     const stf_tensor out = Strided(output), out_grad = Strided(output_grad);
     const Workers workers(context);
-    OP_REQUIRES_OK(context, Launched(stf_attention_cpu_backward(&problem, &inputs[0], &inputs[1], &inputs[2], &out,
-                                                                log_sum_exp.flat<float>().data(), &out_grad,
-                                                                log_sum_exp_grad.flat<float>().data(), &outputs[0], &outputs[1],
-                                                                &outputs[2], workers.get())));
+    OP_REQUIRES_OK(context, Launched(stf_attention_cpu_backward(
+                                &problem, &inputs[0], &inputs[1], &inputs[2], &out, log_sum_exp.flat<float>().data(), &out_grad,
+                                log_sum_exp_grad.flat<float>().data(), &outputs[0], &outputs[1], &outputs[2], workers.get())));
   }
 };
 
-#define STF_REGISTER(T)                                                                                                     \
-  REGISTER_KERNEL_BUILDER(Name("StfAttention").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), AttentionCpu<T>);     \
+#define STF_REGISTER(T)                                                                                                 \
+  REGISTER_KERNEL_BUILDER(Name("StfAttention").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), AttentionCpu<T>); \
   REGISTER_KERNEL_BUILDER(Name("StfAttentionGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), AttentionGradCpu<T>)
 
 STF_REGISTER(float);

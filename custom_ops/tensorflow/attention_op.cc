@@ -1,56 +1,78 @@
-// Schema and shape functions of the attention op and its gradient. What devices do with them stands in attention_kernels.cc.
+// Schema and shape functions of the attention op and its gradient, for every device. Kernels: attention_kernels.cc
+// (CPU).
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/errors.h"
 
 namespace stf {
 namespace {
 
+using tensorflow::errors::InvalidArgument;
 using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
 struct Shapes {
-  ShapeHandle query, key, value, output, log_sum_exp;
+  ShapeHandle query, value, log_sum_exp;  // key is as query, output as value
 };
+
+absl::Status WithRank(InferenceContext* c, int input, const char* name, const char* axes, int rank, ShapeHandle* shape) {
+  if (c->WithRank(c->input(input), rank, shape).ok()) return absl::OkStatus();
+  return InvalidArgument(name, " must be ", axes, ". Received: ", name, "=", c->DebugString(c->input(input)));
+}
+
+// What is known of a shape from `shape` and from what it must equal.
+absl::Status Agree(InferenceContext* c, const char* name, ShapeHandle shape, ShapeHandle wanted, ShapeHandle* agreed) {
+  if (c->Merge(wanted, shape, agreed).ok()) return absl::OkStatus();
+  return InvalidArgument(name, " must have shape ", c->DebugString(wanted), ". Received: ", name, "=", c->DebugString(shape));
+}
+
+// `shape` with another last axis.
+ShapeHandle WithDepth(InferenceContext* c, ShapeHandle shape, DimensionHandle depth) {
+  return c->MakeShape({c->Dim(shape, 0), c->Dim(shape, 1), c->Dim(shape, 2), depth});
+}
 
 // The first four inputs' shapes, each with what the others know of it.
 absl::Status InferShapes(InferenceContext* c, Shapes* shapes) {
+  constexpr char kAxes[] = "[batch, position, head, depth]";
   ShapeHandle query, key, value, lengths;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 4, &query));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 4, &key));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 4, &value));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 1, &lengths));
-  TF_RETURN_IF_ERROR(c->Merge(query, key, &query));
-  DimensionHandle common[3];
-  for (int i = 0; i < 3; i++) TF_RETURN_IF_ERROR(c->Merge(c->Dim(query, i), c->Dim(value, i), &common[i]));
-  const DimensionHandle key_depth = c->Dim(query, 3), value_depth = c->Dim(value, 3);
-  shapes->query = c->MakeShape({common[0], common[1], common[2], key_depth});
-  shapes->key = shapes->query;
-  shapes->value = c->MakeShape({common[0], common[1], common[2], value_depth});
-  shapes->output = shapes->value;
-  shapes->log_sum_exp = c->MakeShape({common[0], common[2], common[1]});
+  TF_RETURN_IF_ERROR(WithRank(c, 0, "query", kAxes, 4, &query));
+  TF_RETURN_IF_ERROR(WithRank(c, 1, "key", kAxes, 4, &key));
+  TF_RETURN_IF_ERROR(WithRank(c, 2, "value", kAxes, 4, &value));
+  TF_RETURN_IF_ERROR(WithRank(c, 3, "lengths", "[batch] or [0]", 1, &lengths));
+  TF_RETURN_IF_ERROR(Agree(c, "key", key, query, &query));
+  TF_RETURN_IF_ERROR(Agree(c, "value", value, WithDepth(c, query, c->Dim(value, 3)), &value));
+  const DimensionHandle length_count = c->Dim(lengths, 0);
+  if (c->ValueKnown(length_count) && c->Value(length_count) != 0) {
+    ShapeHandle batch = c->MakeShape({c->Dim(value, 0)});
+    TF_RETURN_IF_ERROR(Agree(c, "lengths", lengths, batch, &batch));
+    TF_RETURN_IF_ERROR(c->ReplaceDim(value, 0, c->Dim(batch, 0), &value));
+  }
+  shapes->query = WithDepth(c, value, c->Dim(query, 3));
+  shapes->value = value;
+  shapes->log_sum_exp = c->MakeShape({c->Dim(value, 0), c->Dim(value, 2), c->Dim(value, 1)});
   return absl::OkStatus();
 }
 
 absl::Status ForwardShapes(InferenceContext* c) {
   Shapes shapes;
   TF_RETURN_IF_ERROR(InferShapes(c, &shapes));
-  c->set_output(0, shapes.output);
+  c->set_output(0, shapes.value);
   c->set_output(1, shapes.log_sum_exp);
   return absl::OkStatus();
 }
 
 absl::Status GradientShapes(InferenceContext* c) {
   Shapes shapes;
-  ShapeHandle merged;
   TF_RETURN_IF_ERROR(InferShapes(c, &shapes));
-  TF_RETURN_IF_ERROR(c->Merge(shapes.output, c->input(4), &merged));
-  TF_RETURN_IF_ERROR(c->Merge(shapes.log_sum_exp, c->input(5), &merged));
-  TF_RETURN_IF_ERROR(c->Merge(shapes.output, c->input(6), &merged));
-  TF_RETURN_IF_ERROR(c->Merge(shapes.log_sum_exp, c->input(7), &merged));
+  ShapeHandle output = shapes.value, statistic = shapes.log_sum_exp;
+  TF_RETURN_IF_ERROR(Agree(c, "output", c->input(4), output, &output));
+  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", c->input(5), statistic, &statistic));
+  TF_RETURN_IF_ERROR(Agree(c, "output_grad", c->input(6), output, &output));
+  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp_grad", c->input(7), statistic, &statistic));
   c->set_output(0, shapes.query);
-  c->set_output(1, shapes.key);
+  c->set_output(1, shapes.query);
   c->set_output(2, shapes.value);
   return absl::OkStatus();
 }
@@ -80,7 +102,7 @@ lengths: [batch] positions in use of each sequence, or [0]: all are.
 output: [batch, position, head, value_depth]; 0 where a query attends to nothing.
 log_sum_exp: [batch, head, position], natural logarithm; -infinity where a query attends to nothing.
 components: records of six integers: kind, a, b, c, d, exclude (see stf_component).
-program_begin: head h runs records program_begin[p] ... program_begin[p + 1] - 1, p = h mod (size - 1).
+program_begin: from 0, never falling, to the number of records: head h runs records program_begin[p] ... program_begin[p + 1] - 1, p = h mod (size - 1).
 layouts: bits of the block layouts, least significant first.
 scale: factor of the scores.
 )doc");

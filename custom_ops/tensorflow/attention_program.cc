@@ -1,3 +1,4 @@
+// Reads and checks the attributes of the attention op.
 #include "custom_ops/tensorflow/attention_program.h"
 
 #include <cmath>
@@ -10,9 +11,17 @@ namespace {
 
 using tensorflow::errors::InvalidArgument;
 
-constexpr int kRecord = 6;                                                // integers of a component
-constexpr int kMostComponents = 63;                                       // of a head: `exclude` has a bit for each
-constexpr int64_t kLargest = std::numeric_limits<int64_t>::max() / 4096;  // of a parameter, so that no product of two tiles overflows
+constexpr int kRecord = 6;           // integers of a component
+constexpr int kMostComponents = 63;  // of a head: `exclude` has a bit for each
+// Of a parameter, so that no sum or product with a tile's size overflows.
+constexpr int64_t kLargest = std::numeric_limits<int64_t>::max() / 4096;
+
+// A list attribute's value for a message; the first few of many.
+std::string Listed(const std::vector<int64_t>& values) {
+  std::string listed = "[";
+  for (size_t i = 0; i < values.size() && i < 16; i++) listed += (i ? ", " : "") + std::to_string(values[i]);
+  return listed + (values.size() > 16 ? ", ...]" : "]");
+}
 
 absl::Status CheckComponent(const stf_component& c, int index, int64_t layout_bits) {
   auto invalid = [index](const char* rule, const char* name, int64_t value) {
@@ -58,17 +67,17 @@ absl::Status Program::Init(tensorflow::OpKernelConstruction* context) {
     TF_RETURN_IF_ERROR(CheckComponent(components.back(), i, 8 * static_cast<int64_t>(layouts.size())));
   }
   if (bounds.empty() || bounds.front() != 0 || bounds.back() != count)
-    return InvalidArgument("program_begin must run from 0 to the number of components, ", count, ". Received: ", bounds.size(),
-                           " integers");
+    return InvalidArgument("program_begin must run from 0 to the number of components, ", count, ". Received: ", Listed(bounds));
   for (size_t p = 0; p + 1 < bounds.size(); p++) {
-    const int64_t size = bounds[p + 1] - bounds[p];
-    if (size < 0 || size > kMostComponents)
-      return InvalidArgument("program_begin must grow by 0 to ", kMostComponents, ". Received: ", bounds[p + 1], " after ", bounds[p]);
-    for (int64_t i = 0; i < size; i++) {
-      const int64_t exclude = components[bounds[p] + i].exclude;
-      if (exclude < 0 || exclude >> i != 0)
+    // Compared, not subtracted: neither may be a number that a difference overflows with.
+    if (bounds[p + 1] < bounds[p] || bounds[p + 1] > count || bounds[p + 1] > bounds[p] + kMostComponents)
+      return InvalidArgument("program_begin must grow by 0 to ", kMostComponents, ", up to the number of components, ", count,
+                             ". Received: ", Listed(bounds));
+    for (int64_t i = bounds[p]; i < bounds[p + 1]; i++) {
+      const int64_t exclude = components[i].exclude;
+      if (exclude < 0 || exclude >> (i - bounds[p]) != 0)
         return InvalidArgument("components: exclude must name earlier components of the head. Received: exclude=", exclude,
-                               " in component ", bounds[p] + i);
+                               " in component ", i);
     }
   }
   begin.assign(bounds.begin(), bounds.end());
@@ -76,6 +85,7 @@ absl::Status Program::Init(tensorflow::OpKernelConstruction* context) {
 }
 
 absl::Status Program::CheckPositions(int64_t positions) const {
+  if (positions == 0) return absl::OkStatus();  // nothing to lay out
   for (const stf_component& c : components) {
     if (c.kind != STF_BLOCKS) continue;
     const int64_t blocks = positions / c.a + (positions % c.a != 0);

@@ -11,3 +11,6 @@ __all__ = [
     "library_path",
     "reference_attention",
 ]
+
+# The op's name is known from here on, where the library loads: tf.saved_model.load needs it.
+is_available()

@@ -5,7 +5,8 @@ import functools
 import tensorflow as tf
 
 from stf.ops import library
-from stf.patterns import Pattern, lower
+from stf.ops.arguments import check_lengths, check_scale, check_tensors
+from stf.patterns import Program, lower
 
 DTYPES = (tf.float32, tf.bfloat16, tf.float16)
 
@@ -42,7 +43,7 @@ def attention(
         pattern: a `stf.patterns.Pattern`.
         lengths: integers `[batch]`, positions in use of each sequence (the rest is padding on the
             right: it attends to nothing and is attended by nothing), or None for all.
-        scale: factor of the scores; `1 / sqrt(key_depth)` unless given.
+        scale: factor of the scores, a finite Python number; `1 / sqrt(key_depth)` unless given.
         return_log_sum_exp: also return each query's log-sum-exp of its scores.
         name: of the operation.
 
@@ -55,20 +56,16 @@ def attention(
         InvalidArgumentError: the same, when the op runs.
         LibraryNotFoundError: the op library is missing; says what to do.
     """
-    query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
-    _check(query, key, value, pattern)
-    depth = query.shape[-1]
-    if scale is None:
-        if depth is None:
-            raise ValueError("scale must be given where key_depth is not static.")
-        scale = 1.0 / max(depth, 1) ** 0.5
-    program = _lower(pattern, query.shape[2])
-    lengths = [] if lengths is None else lengths
+    query, key, value = check_tensors(query, key, value, pattern, DTYPES)
+    lengths = check_lengths(lengths, query)
+    scale = check_scale(scale, query)
+    heads = query.shape[2]
+    program = _lower(pattern, heads) if heads else Program([], [0], b"")
     output, log_sum_exp = library.load().stf_attention(
         query=query,
         key=key,
         value=value,
-        lengths=tf.cast(lengths, tf.int32),
+        lengths=tf.zeros([0], tf.int32) if lengths is None else lengths,
         components=list(program.components),
         program_begin=list(program.program_begin),
         layouts=program.layouts,
@@ -76,27 +73,6 @@ def attention(
         name=name,
     )
     return (output, log_sum_exp) if return_log_sum_exp else output
-
-
-def _check(query, key, value, pattern):
-    if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern must be a stf.patterns.Pattern. Received: pattern={pattern!r}")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.shape.rank not in (None, 4):
-            raise ValueError(
-                f"{name} must be [batch, position, head, depth]. Received: {name}={tensor.shape}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float32, bfloat16 or float16. Received: {name}={tensor.dtype.name}"
-            )
-        if tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} must have the query's dtype {query.dtype.name}. "
-                f"Received: {name}={tensor.dtype.name}"
-            )
-    if query.shape.rank is None or query.shape[2] is None:
-        raise ValueError(f"query must have a static number of heads. Received: query={query.shape}")
 
 
 @tf.RegisterGradient("StfAttention")

@@ -3,6 +3,10 @@
 import numpy as np
 import tensorflow as tf
 
+from stf.ops.arguments import check_lengths, check_scale, check_tensors
+
+DTYPES = (tf.float64, tf.float32, tf.bfloat16, tf.float16)
+
 
 def reference_attention(
     query,
@@ -22,12 +26,13 @@ def reference_attention(
     the log-sum-exp has the inputs' dtype. The number of positions must be static.
     """
     with tf.name_scope(name or "reference_attention"):
-        query, key, value = (tf.convert_to_tensor(x) for x in (query, key, value))
+        query, key, value = check_tensors(query, key, value, pattern, DTYPES)
+        lengths = check_lengths(lengths, query)
         allowed = pattern_mask(pattern, query.shape[1], query.shape[2])[None]
         if lengths is not None:
             used = tf.sequence_mask(lengths, query.shape[1])[:, None]
             allowed = allowed & used[:, :, :, None] & used[:, :, None, :]
-        weights, log_sum_exp = reference_weights(query, key, allowed, scale)
+        weights, log_sum_exp = reference_weights(query, key, allowed, check_scale(scale, query))
         output = tf.einsum("bhij,bjhd->bihd", weights, value)
         return (output, log_sum_exp) if return_log_sum_exp else output
 

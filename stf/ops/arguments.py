@@ -1,0 +1,99 @@
+"""Checks of the arguments of attention: an error states the constraint and the value received."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from stf.patterns import Pattern
+
+
+def check_tensors(query, key, value, pattern, dtypes):
+    """Query, key and value as tensors that fit one another and the pattern.
+
+    Args:
+        query, key, value: what `attention` was called with.
+        pattern: the same.
+        dtypes: allowed dtypes.
+
+    Returns:
+        Three tensors, each with the static shape that all of them tell.
+
+    Raises:
+        ValueError: ranks, dtypes, shapes, heads or positions that do not fit, as far as static
+            shapes tell.
+    """
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a stf.patterns.Pattern. Received: pattern={pattern!r}")
+    tensors = dict(query=query, key=key, value=value)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise ValueError(f"{name} must be a tensor. Received: {name}=None")
+        tensors[name] = tensor = tf.convert_to_tensor(tensor)
+        if tensor.dtype not in dtypes:
+            names = ", ".join(dtype.name for dtype in dtypes)
+            raise ValueError(f"{name} must have one of the dtypes {names}. Received: {name}={_words(tensor)}")
+        if tensor.dtype != tensors["query"].dtype:
+            raise ValueError(
+                f"{name} must have the query's dtype, {tensors['query'].dtype.name}. Received: {name}={_words(tensor)}"
+            )
+        if tensor.shape.rank not in (None, 4):
+            raise ValueError(f"{name} must be [batch, position, head, depth]. Received: {name}={_words(tensor)}")
+    query, key, value = tensors.values()
+    if query.shape.rank is None or query.shape[2] is None:
+        raise ValueError(f"query must have a static number of heads. Received: query={_words(query)}")
+    _check_same("key", key, query, query.shape)
+    depth = value.shape[3] if value.shape.rank else None
+    _check_same("value", value, query, query.shape[:3].concatenate([depth]))
+    if query.shape[2] > 0:
+        pattern.check_heads(query.shape[2])
+    if query.shape[1] is not None:
+        pattern.check_positions(query.shape[1])
+    return query, key, value
+
+
+def check_lengths(lengths, query):
+    """Lengths as an int32 tensor `[batch]`; None stays.
+
+    Numbers that int32 does not hold become its largest or smallest, so that the op refuses them too.
+    """
+    if lengths is None:
+        return None
+    lengths = tf.convert_to_tensor(lengths)
+    batch = query.shape[0]
+    if not lengths.dtype.is_integer:
+        raise ValueError(f"lengths must be integers. Received: lengths={_words(lengths)}")
+    if not lengths.shape.is_compatible_with([batch]):
+        axes = "[batch]" if batch is None else f"[batch] = [{batch}]"
+        raise ValueError(f"lengths must have shape {axes}. Received: lengths={_words(lengths)}")
+    return lengths if lengths.dtype == tf.int32 else tf.saturate_cast(lengths, tf.int32)
+
+
+def check_scale(scale, query):
+    """The scale as a finite float: `1 / sqrt(key_depth)` where it is None."""
+    if scale is None:
+        depth = query.shape[3]
+        if depth is None:
+            raise ValueError(
+                f"scale must be given where key_depth is not static. Received: scale=None, query={_words(query)}"
+            )
+        return 1.0 / math.sqrt(max(depth, 1))
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not abs(number) <= np.finfo(np.float32).max:
+        raise ValueError(f"scale must be a finite Python number. Received: scale={scale!r}")
+    return number
+
+
+def _check_same(name, tensor, query, shape):
+    if not tensor.shape.is_compatible_with(shape):
+        raise ValueError(
+            f"{name} must have shape {shape}, as the query has. "
+            f"Received: {name}={_words(tensor)}, query={_words(query)}"
+        )
+
+
+def _words(tensor):
+    return f"<{tensor.dtype.name} of shape {tensor.shape}>"
