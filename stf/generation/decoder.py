@@ -1,0 +1,68 @@
+"""A model step by step: each call takes one token and gives the next one's logits."""
+
+import numpy as np
+import tensorflow as tf
+
+
+class Decoder:
+    """Runs a `SparseTransformer` one position at a time, keeping each block's keys and values.
+
+    A step reads of the cache only the keys that the pattern gives the position: for strided attention
+    about l + n/l of n. Its logits equal those of the whole sequence up to rounding; scores and softmax
+    are in float32, and under a half-precision policy so are the cached keys and values.
+
+    Args:
+        model: a built `SparseTransformer`.
+        batch_size: sequences side by side.
+        length: positions to make room for.
+    """
+
+    def __init__(self, model, batch_size, length):
+        if not 1 <= length <= model.length:
+            raise ValueError(f"length must be from 1 to the model's {model.length}. Received: length={length}")
+        self.model = model
+        self.length = length
+        self._caches = []
+        for block in model.blocks:
+            shapes = [(model.num_heads, length, batch_size, d) for d in (model.key_dim, model.value_dim)]
+            self._caches.append([tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes])
+        distinct = {}
+        self._which = []  # for each block, which of the distinct patterns it has
+        for block in model.blocks:
+            self._which.append(distinct.setdefault(block.attention.pattern, len(distinct)))
+        self._patterns = list(distinct)
+        heads = range(model.num_heads)
+        self._most = [max(1, *(int(p.counts(length, h).max()) for h in heads)) for p in self._patterns]
+        self._step = tf.function(self._run, reduce_retracing=True)
+
+    def keys(self, position):
+        """For each distinct pattern, int32 `[head, most keys]`: what `position` attends to, then -1."""
+        tables = []
+        for pattern, most in zip(self._patterns, self._most, strict=True):
+            table = np.full((self.model.num_heads, most), -1, np.int32)
+            for head in range(self.model.num_heads):
+                keys = pattern.keys(position, head)
+                table[head, : len(keys)] = keys
+            tables.append(table)
+        return tables
+
+    def _run(self, token, position, tables):
+        model = self.model
+        previous = model.token_embedding(token[:, None]) + model.position_embedding.at(tf.maximum(position - 1, 0))
+        start = tf.cast(tf.convert_to_tensor(model.start_shift.start), previous.dtype)
+        x = tf.where(position > 0, previous, start)
+        for block, cache, which in zip(model.blocks, self._caches, self._which, strict=True):
+            x = block.decode(x, cache, position, tables[which])
+        return tf.cast(model.logits(model.final_norm(x)), tf.float32)[:, 0]
+
+    def step(self, token, position):
+        """Logits `[batch, vocab_size]` of the token at `position`.
+
+        Args:
+            token: int32 `[batch]`, the token before it; at position 0 it does not matter.
+            position: from 0, each in turn.
+        """
+        if not 0 <= position < self.length:
+            raise ValueError(f"position must be from 0 to {self.length - 1}. Received: position={position}")
+        tables = [tf.constant(table) for table in self.keys(position)]
+        return self._step(tf.convert_to_tensor(token, tf.int32), tf.constant(position, tf.int32), tables)

@@ -1,0 +1,61 @@
+"""Draws tokens from a decoder's logits."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from stf.generation.decoder import Decoder
+
+
+def draw(logits, temperature, seed, top_k=None):
+    """One token for each row of logits.
+
+    Args:
+        logits: `[batch, vocab_size]`.
+        temperature: divides the logits; 0 takes the likeliest token.
+        seed: int32 `[2]`.
+        top_k: draw from the k likeliest tokens only.
+
+    Returns:
+        int32 `[batch]`.
+    """
+    if temperature == 0:
+        return tf.argmax(logits, -1, output_type=tf.int32)
+    logits = logits / temperature
+    if top_k is not None:
+        least = tf.math.top_k(logits, top_k).values[:, -1:]
+        logits = tf.where(logits < least, -float("inf"), logits)
+    return tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)[:, 0]
+
+
+def generate(
+    model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1
+):
+    """Samples of a `SparseTransformer`; see its method of the same name."""
+    length = model.length if length is None else length
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative. Received: temperature={temperature!r}")
+    if top_k is not None and not 1 <= top_k <= model.vocab_size:
+        raise ValueError(f"top_k must be from 1 to {model.vocab_size}. Received: top_k={top_k!r}")
+    prefix = np.zeros((batch_size, 0), np.int32) if prefix is None else np.asarray(prefix, np.int32)
+    if prefix.ndim != 2 or prefix.shape[1] > length:
+        raise ValueError(
+            f"prefix must be [batch, position] with at most {length} positions. "
+            f"Received: prefix of shape {prefix.shape}"
+        )
+    if prefix.size and not (prefix.min() >= 0 and prefix.max() < model.vocab_size):
+        raise ValueError(f"prefix must hold tokens from 0 to {model.vocab_size - 1}.")
+    if not model.built:
+        model.build((None, length))
+    seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    decoder = Decoder(model, len(prefix), length)
+    tokens = np.zeros((len(prefix), length), np.int32)
+    tokens[:, : prefix.shape[1]] = prefix
+    bar = keras.utils.Progbar(length, unit_name="token") if verbose else None
+    for position in range(length):
+        logits = decoder.step(tokens[:, position - 1], position)
+        if position >= prefix.shape[1]:
+            tokens[:, position] = draw(logits, temperature, [seed, position], top_k)
+        if bar:
+            bar.update(position + 1)
+    return tokens

@@ -1,0 +1,7 @@
+"""The paper's recipe as Keras objects (Child et al. 2019, Section 6)."""
+
+from stf.training.losses import BitsPerDim, cross_entropy
+from stf.training.optimizer import AdamW, LossScale, optimizer
+from stf.training.schedule import WarmupCosine
+
+__all__ = ["AdamW", "BitsPerDim", "LossScale", "WarmupCosine", "cross_entropy", "optimizer"]

@@ -1,0 +1,44 @@
+"""The loss, and the metric that the field reports."""
+
+import math
+
+import keras
+
+
+def cross_entropy():
+    """Cross-entropy in nats of integer tokens under logits, the mean over all tokens."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@keras.saving.register_keras_serializable(package="stf")
+class BitsPerDim(keras.metrics.Metric):
+    """Mean cross-entropy in bits for each token: bits per dim of images, bits per byte of text.
+
+    Call arguments: tokens `[batch, position]` and logits `[batch, position, vocab_size]`.
+    """
+
+    def __init__(self, name="bits_per_dim", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self._nats = self.add_weight(name="nats", initializer="zeros")
+        self._tokens = self.add_weight(name="tokens", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Adds a batch; `sample_weight` `[batch, position]` or `[batch]` weighs its tokens."""
+        nats = keras.ops.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+        weight = keras.ops.ones_like(nats)
+        if sample_weight is not None:
+            sample_weight = keras.ops.cast(sample_weight, nats.dtype)
+            if len(sample_weight.shape) < len(nats.shape):
+                sample_weight = keras.ops.expand_dims(sample_weight, -1)
+            weight = weight * sample_weight
+        self._nats.assign_add(keras.ops.sum(nats * weight))
+        self._tokens.assign_add(keras.ops.sum(weight))
+
+    def result(self):
+        """Bits for each token so far."""
+        return self._nats / (keras.ops.maximum(self._tokens, 1.0) * math.log(2))
+
+    def reset_state(self):
+        """Forgets all batches."""
+        self._nats.assign(0.0)
+        self._tokens.assign(0.0)

@@ -1,0 +1,72 @@
+"""Adam as the paper uses it, and loss scaling for float16."""
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="stf")
+class AdamW(keras.optimizers.AdamW):
+    """Adam with decoupled decay of weights that have two or more dimensions.
+
+    Biases, normalisations' scales and the start vector are not decayed (the authors' follow-up code).
+    """
+
+    def _use_weight_decay(self, variable):
+        return len(variable.shape) >= 2
+
+
+def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.999, **kwargs):
+    """Adam of the paper's recipe: decay 0.01, gradients clipped to a global norm of 1.
+
+    Args:
+        learning_rate: a number or a schedule, such as `WarmupCosine`.
+        weight_decay, global_clipnorm: from the paper.
+        beta_2: from the authors' follow-up code.
+        **kwargs: further arguments of `keras.optimizers.AdamW`.
+
+    Returns:
+        An `AdamW`; under the mixed_float16 policy inside a `LossScale`.
+    """
+    inner = AdamW(
+        learning_rate, weight_decay=weight_decay, global_clipnorm=global_clipnorm, beta_2=beta_2, **kwargs
+    )
+    policy = keras.config.dtype_policy()
+    return LossScale(inner) if policy.name == "mixed_float16" else inner
+
+
+@keras.saving.register_keras_serializable(package="stf")
+class LossScale(keras.optimizers.LossScaleOptimizer):
+    """Dynamic loss scaling with a floor (Section 5.5; starting value and floor from the follow-up code).
+
+    Keras' own halves the scale at every non-finite gradient without end; this one stops at `floor`.
+
+    Args:
+        inner_optimizer: what takes the unscaled gradients.
+        initial_scale: 2^16 unless given.
+        floor: the least scale, 2^10 unless given.
+        dynamic_growth_steps: steps without a non-finite gradient before the scale doubles.
+    """
+
+    def __init__(
+        self,
+        inner_optimizer,
+        initial_scale=2.0**16,
+        floor=2.0**10,
+        dynamic_growth_steps=2000,
+        **kwargs,
+    ):
+        super().__init__(
+            inner_optimizer, initial_scale=initial_scale, dynamic_growth_steps=dynamic_growth_steps, **kwargs
+        )
+        if not 0 < floor <= initial_scale:
+            raise ValueError(f"floor must be above 0 and at most initial_scale. Received: floor={floor!r}")
+        self.floor = floor
+
+    def apply(self, grads, trainable_variables=None):
+        """Applies scaled gradients, or skips the step where one is not finite."""
+        super().apply(grads, trainable_variables)
+        self.dynamic_scale.assign(tf.maximum(tf.convert_to_tensor(self.dynamic_scale), self.floor))
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return super().get_config() | {"floor": self.floor}
