@@ -29,24 +29,24 @@ def local(n, window):
     return from_rule(n, lambda i, j: max(0, i - window) <= j)
 
 
-def strided(n, l):
+def strided(n, stride):
     """{j : (i - j) mod l = 0}: strided attention, second head."""
-    return from_rule(n, lambda i, j: (i - j) % l == 0)
+    return from_rule(n, lambda i, j: (i - j) % stride == 0)
 
 
-def own_block(n, l):
+def own_block(n, stride):
     """{j : floor(j / l) = floor(i / l)}: fixed attention, first head."""
-    return from_rule(n, lambda i, j: j // l == i // l)
+    return from_rule(n, lambda i, j: j // stride == i // stride)
 
 
-def summary(n, l, c, sub_block=0):
+def summary(n, stride, c, sub_block=0):
     """{j : l - c (s + 1) <= j mod l < l - c s} with s = sub_block: fixed attention, second head."""
-    return from_rule(n, lambda i, j: l - c * (sub_block + 1) <= j % l < l - c * sub_block)
+    return from_rule(n, lambda i, j: stride - c * (sub_block + 1) <= j % stride < stride - c * sub_block)
 
 
-def summary_of_head(n, l, c, head):
+def summary_of_head(n, stride, c, head):
     """The same where every head takes its own sub-block, s = head mod floor(l / c)."""
-    return summary(n, l, c, head % (l // c))
+    return summary(n, stride, c, head % (stride // c))
 
 
 def blocks(n, layout, block_size):
@@ -62,11 +62,11 @@ def union(*masks):
     return result
 
 
-def merged_strided(n, l):
+def merged_strided(n, stride):
     """Both heads of strided attention as one."""
-    return union(local(n, l), strided(n, l))
+    return union(local(n, stride), strided(n, stride))
 
 
-def merged_fixed(n, l, c, head=0):
+def merged_fixed(n, stride, c, head=0):
     """Both heads of fixed attention as one."""
-    return union(own_block(n, l), summary_of_head(n, l, c, head))
+    return union(own_block(n, stride), summary_of_head(n, stride, c, head))

@@ -38,38 +38,34 @@ def stacks(draw, n=None):
     size = st.sampled_from([kin, kin, 2 * kin, 3 * kin]) | st.integers(1, 14)
     parts, masks = [], []
     for kind in draw(st.lists(st.sampled_from("clsobfm"), min_size=1, max_size=5)):
-        l = draw(size)
-        c = draw(st.integers(1, l))
-        s = draw(st.integers(0, l // c - 1))
+        stride = draw(size)
+        c = draw(st.integers(1, stride))
+        s = draw(st.integers(0, stride // c - 1))
         if kind == "c" and len(parts) < 3:  # seldom: it hides all else
             parts.append(Causal())
             masks.append(paper_sets.causal(n))
         elif kind == "l":
-            window = max(0, l + draw(st.integers(-3, 1)))
+            window = max(0, stride + draw(st.integers(-3, 1)))
             parts.append(Local(window))
             masks.append(paper_sets.local(n, window))
         elif kind == "o":
-            parts.append(OwnBlock(l))
-            masks.append(paper_sets.own_block(n, l))
+            parts.append(OwnBlock(stride))
+            masks.append(paper_sets.own_block(n, stride))
         elif kind == "f":
-            parts.append(Fixed(l, c, s))
-            masks.append(
-                paper_sets.union(paper_sets.own_block(n, l), paper_sets.summary(n, l, c, s))
-            )
+            parts.append(Fixed(stride, c, s))
+            masks.append(paper_sets.union(paper_sets.own_block(n, stride), paper_sets.summary(n, stride, c, s)))
         elif kind == "m":
-            parts.append(Summary(l, c, s))
-            masks.append(paper_sets.summary(n, l, c, s))
+            parts.append(Summary(stride, c, s))
+            masks.append(paper_sets.summary(n, stride, c, s))
         elif kind == "b":
-            blocks = max(1, math.ceil(n / l))
+            blocks = max(1, math.ceil(n / stride))
             bits = draw(st.integers(0, 2 ** (blocks * blocks) - 1))
-            layout = [
-                [bits >> (r * blocks + k) & 1 == 1 for k in range(blocks)] for r in range(blocks)
-            ]
-            parts.append(Blocks(layout, l))
-            masks.append(paper_sets.blocks(n, layout, l))
+            layout = [[bits >> (r * blocks + k) & 1 == 1 for k in range(blocks)] for r in range(blocks)]
+            parts.append(Blocks(layout, stride))
+            masks.append(paper_sets.blocks(n, layout, stride))
         else:
-            parts.append(Strided(l))
-            masks.append(paper_sets.strided(n, l))
+            parts.append(Strided(stride))
+            masks.append(paper_sets.strided(n, stride))
     return parts, masks, n
 
 
@@ -86,18 +82,18 @@ def check_set(pattern, expected, head=0):
         np.testing.assert_array_equal(keys, np.flatnonzero(expected[i]))
 
 
-@pytest.mark.parametrize("n, l, c", SIZES)
-def test_sets_are_the_papers(n, l, c):
+@pytest.mark.parametrize("n, stride, c", SIZES)
+def test_sets_are_the_papers(n, stride, c):
     check_set(Causal(), paper_sets.causal(n))
-    check_set(Local(l), paper_sets.local(n, l))
-    check_set(Strided(l), paper_sets.strided(n, l))
-    check_set(OwnBlock(l), paper_sets.own_block(n, l))
-    check_set(Local(l) | Strided(l), paper_sets.merged_strided(n, l))
-    for head in range(l // c + 2):
-        check_set(Summary(l, c), paper_sets.summary_of_head(n, l, c, head), head)
-        check_set(Fixed(l, c), paper_sets.merged_fixed(n, l, c, head), head)
-    for s in range(l // c):
-        check_set(Summary(l, c, s), paper_sets.summary(n, l, c, s), head=5)
+    check_set(Local(stride), paper_sets.local(n, stride))
+    check_set(Strided(stride), paper_sets.strided(n, stride))
+    check_set(OwnBlock(stride), paper_sets.own_block(n, stride))
+    check_set(Local(stride) | Strided(stride), paper_sets.merged_strided(n, stride))
+    for head in range(stride // c + 2):
+        check_set(Summary(stride, c), paper_sets.summary_of_head(n, stride, c, head), head)
+        check_set(Fixed(stride, c), paper_sets.merged_fixed(n, stride, c, head), head)
+    for s in range(stride // c):
+        check_set(Summary(stride, c, s), paper_sets.summary(n, stride, c, s), head=5)
 
 
 def test_known_keys():
@@ -146,12 +142,12 @@ def test_blocks_with_one_layout_a_head():
 
 def test_counts_at_full_size():
     """Closed forms at a length where a matrix would take a terabyte."""
-    n, l = 1 << 20, 1024
+    n, stride = 1 << 20, 1024
     assert Causal().pairs(n) == n * (n + 1) // 2
-    assert Strided(l).pairs(n) == l * (n // l) * (n // l + 1) // 2
-    assert OwnBlock(l).pairs(n) == n * (l + 1) // 2
-    assert (Local(l) | Strided(l)).pairs(n) == (
-        sum(min(i, l) + 1 for i in range(n)) + l * sum(max(0, k - 1) for k in range(n // l))
+    assert Strided(stride).pairs(n) == stride * (n // stride) * (n // stride + 1) // 2
+    assert OwnBlock(stride).pairs(n) == n * (stride + 1) // 2
+    assert (Local(stride) | Strided(stride)).pairs(n) == (
+        sum(min(i, stride) + 1 for i in range(n)) + stride * sum(max(0, k - 1) for k in range(n // stride))
     )
 
 
@@ -171,15 +167,15 @@ def test_flops_and_bytes():
     assert both == forward + (q_k + v_out + v_out // 2 + 4 * rows) + (q_k + v_out // 2)
 
 
-@pytest.mark.parametrize("l, c", [(4, 1), (5, 2), (8, 3), (9, 9)])
+@pytest.mark.parametrize("stride, c", [(4, 1), (5, 2), (8, 3), (9, 9)])
 @pytest.mark.parametrize("n", [1, 8, 17, 50])
-def test_reach(n, l, c):
+def test_reach(n, stride, c):
     """The paper's factorised patterns connect all within p + 1 hops; merged, within two."""
-    assert patterns.hops([Local(l), Strided(l)], n) <= 3
-    assert patterns.hops([OwnBlock(l), Summary(l, c)], n) <= 3
-    assert patterns.hops(Local(l) | Strided(l), n) <= 2
-    assert patterns.hops(Fixed(l, c), n) <= 2
-    assert patterns.hops(PerHead([OwnBlock(l), Summary(l, c, 0)]), n, num_heads=2) <= 2
+    assert patterns.hops([Local(stride), Strided(stride)], n) <= 3
+    assert patterns.hops([OwnBlock(stride), Summary(stride, c)], n) <= 3
+    assert patterns.hops(Local(stride) | Strided(stride), n) <= 2
+    assert patterns.hops(Fixed(stride, c), n) <= 2
+    assert patterns.hops(PerHead([OwnBlock(stride), Summary(stride, c, 0)]), n, num_heads=2) <= 2
     assert patterns.hops([Causal()], n) == min(1, n - 1)
 
 
@@ -253,9 +249,7 @@ def test_or_refuses_what_is_not_a_pattern():
         Causal() | 3
 
 
-@pytest.mark.parametrize(
-    "module", [module.name for module in pkgutil.iter_modules(patterns.__path__, "stf.patterns.")]
-)
+@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(patterns.__path__, "stf.patterns.")])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(module), extraglobs=vars(patterns))
     assert result.failed == 0

@@ -35,10 +35,7 @@ def test_round_trip(pattern):
     assert patterns.serialize(again) == config
     assert patterns.get(config) == pattern == patterns.get(pattern)
     assert type(pattern).from_config(pattern.get_config()) == pattern
-    assert (
-        patterns.deserialize({"module": "stf.patterns", "registered_name": None, **config})
-        == pattern
-    )
+    assert patterns.deserialize({"module": "stf.patterns", "registered_name": None, **config}) == pattern
 
 
 @given(stacks())

@@ -35,9 +35,7 @@ class Blocks(Pattern):
         except ValueError as error:
             raise ValueError(f"`layout` must be a bool array. Received: {error}") from None
         if layout.dtype != np.bool_:
-            raise ValueError(
-                f"`layout` must be a bool array. Received: layout of dtype {layout.dtype}"
-            )
+            raise ValueError(f"`layout` must be a bool array. Received: layout of dtype {layout.dtype}")
         if layout.ndim not in (2, 3) or layout.shape[-1] != layout.shape[-2] or not layout.size:
             raise ValueError(
                 "`layout` must have shape [blocks, blocks] or [heads, blocks, blocks], none 0. "
@@ -53,6 +51,8 @@ class Blocks(Pattern):
         return self.layout.shape[-1]
 
     def get_config(self):
+        """The arguments as plain data: `layout` in rows of "0" and "1"."""
+
         def rows(layout):
             return ["".join(map(str, row.astype(int))) for row in layout]
 
@@ -71,26 +71,21 @@ class Blocks(Pattern):
             if not isinstance(row, str):
                 return [bits(each) for each in row] if isinstance(row, (list, tuple)) else row
             if set(row) - set("01"):
-                raise ValueError(
-                    f'A row of `layout` must be made of "0" and "1". Received: {row!r}'
-                )
+                raise ValueError(f'A row of `layout` must be made of "0" and "1". Received: {row!r}')
             return [each == "1" for each in row]
 
         return cls(bits(layout), **{key: value for key, value in config.items() if key != "layout"})
 
-    def for_head(self, head):
-        head = integer("head", head, 0)
+    def _for_head(self, head):
         if self.layout.ndim == 2:
             return self
         if head >= len(self.layout):
             raise ValueError(
-                f"`head` must be less than the layout's number of heads, {len(self.layout)}. "
-                f"Received: head={head}"
+                f"`head` must be less than the layout's number of heads, {len(self.layout)}. Received: head={head}"
             )
         return Blocks(self.layout[head], self.block_size)
 
-    def check_positions(self, n):
-        n = integer("n", n, 0)
+    def _check_positions(self, n):
         if n and -(-n // self.block_size) != self.blocks:
             raise ValueError(
                 f"`layout` of {self.blocks} x {self.blocks} blocks of {self.block_size} serves "
@@ -98,8 +93,8 @@ class Blocks(Pattern):
                 f"positions. Received: n={n}"
             )
 
-    def check_heads(self, num_heads):
-        if self.layout.ndim == 3 and len(self.layout) != integer("num_heads", num_heads, 1):
+    def _check_heads(self, num_heads):
+        if self.layout.ndim == 3 and len(self.layout) != num_heads:
             raise ValueError(
                 f"`layout` must have one layout for each of num_heads={num_heads} heads. "
                 f"Received: layout of shape {self.layout.shape}"
@@ -108,8 +103,7 @@ class Blocks(Pattern):
     def _check_position(self, i):
         if i >= self.blocks * self.block_size:
             raise ValueError(
-                f"`i` must lie within the layout's {self.blocks} blocks of {self.block_size}. "
-                f"Received: i={i}"
+                f"`i` must lie within the layout's {self.blocks} blocks of {self.block_size}. Received: i={i}"
             )
 
     def _keys(self, i):
@@ -132,6 +126,7 @@ class Blocks(Pattern):
         return self.layout.shape, self.layout.tobytes(), self.block_size
 
     def __repr__(self):
+        """The layout's shape and number of blocks in use, not the layout."""
         shape = " x ".join(map(str, self.layout.shape))
         used = int(np.tril(self.layout).sum())
         whole = self.layout.size // self.blocks * (self.blocks + 1) // 2

@@ -57,9 +57,7 @@ def _counts_of_rows(leaves, strides, begin, end):
             start = np.minimum(start, leaf._start(i))
         elif hasattr(leaf, "_columns"):
             columns |= leaf._columns(end, begin)
-    before = np.concatenate(
-        [[0], np.cumsum(columns)]
-    )  # before[j]: columns among positions 0 ... j-1
+    before = np.concatenate([[0], np.cumsum(columns)])  # before[j]: columns among positions 0 ... j-1
     result = i + 1 - start + before[start]
     for stride, sign in strides.items():
         # along[t, r]: positions r, r + stride, ..., r + t * stride that are not columns.

@@ -3,7 +3,6 @@
 from stf.patterns.own_block import OwnBlock
 from stf.patterns.pattern import Pattern
 from stf.patterns.summary import Summary, check_summary
-from stf.patterns.validation import integer
 
 
 class Fixed(Pattern):
@@ -27,14 +26,12 @@ class Fixed(Pattern):
         ValueError: if an argument is not an integer or out of the range above.
     """
 
+    _arguments = ("stride", "summary", "sub_block")
+
     def __init__(self, stride, summary, sub_block=None):
         self.stride, self.summary, self.sub_block = check_summary(stride, summary, sub_block)
 
-    def get_config(self):
-        return {"stride": self.stride, "summary": self.summary, "sub_block": self.sub_block}
-
-    def for_head(self, head):
-        head = integer("head", head, 0)
+    def _for_head(self, head):
         if self.sub_block is not None:
             return self
         return Fixed(self.stride, self.summary, head % (self.stride // self.summary))

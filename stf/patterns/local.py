@@ -25,11 +25,10 @@ class Local(Pattern):
         ValueError: if `window` is not an integer, or negative.
     """
 
+    _arguments = ("window",)
+
     def __init__(self, window):
         self.window = integer("window", window, 0)
-
-    def get_config(self):
-        return {"window": self.window}
 
     def _keys(self, i):
         return np.arange(max(0, i - self.window), i + 1)

@@ -56,9 +56,11 @@ class Component:
         return self.kind, self.a, self.b, self.c, self.d, self.exclude, layout
 
     def __eq__(self, other):
+        """Whether all attributes are equal, the layout bit by bit."""
         return isinstance(other, Component) and self._identity() == other._identity()
 
     def __hash__(self):
+        """Equal for equal components."""
         return hash(self._identity())
 
 
@@ -94,9 +96,7 @@ def lower(pattern, num_heads):
     pattern.check_heads(num_heads)
     of_heads = [pattern.components(head) for head in range(num_heads)]
     period = next(
-        p
-        for p in range(1, num_heads + 1)
-        if all(of_heads[head] == of_heads[head % p] for head in range(num_heads))
+        p for p in range(1, num_heads + 1) if all(of_heads[head] == of_heads[head % p] for head in range(num_heads))
     )
     records, begin, layouts, places = [], [0], bytearray(), {}
     for of_head in of_heads[:period]:
@@ -125,8 +125,7 @@ def components(leaves):
     parts = _simplify(leaves)
     if len(parts) > 63:
         raise ValueError(
-            "A pattern must come down to 63 components or less for each head. "
-            f"Received: {len(parts)} components"
+            f"A pattern must come down to 63 components or less for each head. Received: {len(parts)} components"
         )
     result = []
     for part in parts:

@@ -23,11 +23,10 @@ class OwnBlock(Pattern):
         ValueError: if `stride` is not an integer, or less than 1.
     """
 
+    _arguments = ("stride",)
+
     def __init__(self, stride):
         self.stride = integer("stride", stride, 1)
-
-    def get_config(self):
-        return {"stride": self.stride}
 
     def _keys(self, i):
         return np.arange(i - i % self.stride, i + 1)

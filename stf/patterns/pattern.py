@@ -29,8 +29,7 @@ class Pattern:
 
     def for_head(self, head):
         """The pattern of head `head` alone, the same for whatever head it is then asked about."""
-        integer("head", head, 0)
-        return self
+        return self._for_head(integer("head", head, 0))
 
     def keys(self, i, head=0):
         """The keys that query position `i` attends to, ascending.
@@ -143,18 +142,32 @@ class Pattern:
 
     def check_positions(self, n):
         """Raises ValueError where a block layout was made for another number of positions."""
+        self._check_positions(integer("n", n, 0))
 
     def check_heads(self, num_heads):
         """Raises ValueError where a block layout was made for another number of heads."""
+        self._check_heads(integer("num_heads", num_heads, 1))
 
     def get_config(self):
         """The constructor's arguments as plain data (int, str, list, dict, None), fit for JSON."""
-        return {}
+        return {name: getattr(self, name) for name in self._arguments}
 
     @classmethod
     def from_config(cls, config):
         """The pattern whose `get_config` gave `config`."""
         return cls(**config)
+
+    # What a subclass defines. Its constructor's arguments, which are also attributes, by name:
+    _arguments = ()
+
+    def _for_head(self, head):
+        return self
+
+    def _check_positions(self, n):
+        pass
+
+    def _check_heads(self, num_heads):
+        pass
 
     def _leaves(self):
         """The patterns without parts whose union this is. Only asked of what `for_head` returns."""
@@ -168,11 +181,12 @@ class Pattern:
         """A leaf's set for broadcast query positions `i` and key positions `j <= i`."""
         raise NotImplementedError
 
-    # What identifies a pattern beside its class; hashable.
     def _identity(self):
+        """What identifies a pattern beside its class; hashable."""
         return tuple(self.get_config().items())
 
     def __or__(self, other):
+        """The union of both."""
         from stf.patterns.union import Union
 
         if not isinstance(other, Pattern):
@@ -180,13 +194,16 @@ class Pattern:
         return Union([self, other])
 
     def __eq__(self, other):
+        """Whether both are of one class with equal arguments."""
         if type(self) is not type(other):
             return NotImplemented
         return self._identity() == other._identity()
 
     def __hash__(self):
+        """Equal for equal patterns."""
         return hash((type(self).__name__, self._identity()))
 
     def __repr__(self):
+        """The expression that makes the pattern."""
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"

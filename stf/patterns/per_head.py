@@ -3,7 +3,6 @@
 from stf.patterns.pattern import Pattern
 from stf.patterns.serialization import deserialize, serialize
 from stf.patterns.union import check_patterns
-from stf.patterns.validation import integer
 
 
 class PerHead(Pattern):
@@ -28,26 +27,28 @@ class PerHead(Pattern):
         self.patterns = check_patterns("patterns", patterns)
 
     def get_config(self):
+        """The arguments as plain data: `patterns` as `serialize` gives them."""
         return {"patterns": [serialize(pattern) for pattern in self.patterns]}
 
     @classmethod
     def from_config(cls, config):
+        """The pattern whose `get_config` gave `config`."""
         return cls([deserialize(pattern) for pattern in config["patterns"]])
 
-    def for_head(self, head):
-        head = integer("head", head, 0)
+    def _for_head(self, head):
         return self.patterns[head % len(self.patterns)].for_head(head)
 
-    def check_positions(self, n):
+    def _check_positions(self, n):
         for pattern in self.patterns:
             pattern.check_positions(n)
 
-    def check_heads(self, num_heads):
-        for pattern in self.patterns[: integer("num_heads", num_heads, 1)]:
+    def _check_heads(self, num_heads):
+        for pattern in self.patterns[:num_heads]:
             pattern.check_heads(num_heads)
 
     def _identity(self):
         return self.patterns
 
     def __repr__(self):
+        """The expression that makes the pattern."""
         return f"PerHead({[*self.patterns]!r})"

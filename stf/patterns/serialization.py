@@ -30,8 +30,7 @@ def deserialize(config):
 
     if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
         raise ValueError(
-            "`config` must be a dict with 'class_name' and 'config', as `serialize` gives. "
-            f"Received: config={config!r}"
+            f"`config` must be a dict with 'class_name' and 'config', as `serialize` gives. Received: config={config!r}"
         )
     name = config["class_name"]
     kind = getattr(patterns, name, None) if isinstance(name, str) else None
@@ -40,9 +39,7 @@ def deserialize(config):
     try:
         return kind.from_config(config["config"])
     except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"`config` does not fit {name} ({error}). Received: config={config!r}"
-        ) from error
+        raise ValueError(f"`config` does not fit {name} ({error}). Received: config={config!r}") from error
 
 
 def get(pattern):
@@ -55,6 +52,4 @@ def get(pattern):
         return pattern
     if isinstance(pattern, dict):
         return deserialize(pattern)
-    raise ValueError(
-        f"`pattern` must be a pattern of stf.patterns, or its config. Received: pattern={pattern!r}"
-    )
+    raise ValueError(f"`pattern` must be a pattern of stf.patterns, or its config. Received: pattern={pattern!r}")

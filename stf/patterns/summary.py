@@ -33,14 +33,12 @@ class Summary(Pattern):
         ValueError: if an argument is not an integer or out of the range above.
     """
 
+    _arguments = ("stride", "summary", "sub_block")
+
     def __init__(self, stride, summary, sub_block=None):
         self.stride, self.summary, self.sub_block = check_summary(stride, summary, sub_block)
 
-    def get_config(self):
-        return {"stride": self.stride, "summary": self.summary, "sub_block": self.sub_block}
-
-    def for_head(self, head):
-        head = integer("head", head, 0)
+    def _for_head(self, head):
         if self.sub_block is not None:
             return self
         return Summary(self.stride, self.summary, head % (self.stride // self.summary))
@@ -69,10 +67,7 @@ def check_summary(stride, summary, sub_block):
     stride = integer("stride", stride, 1)
     summary = integer("summary", summary, 1)
     if summary > stride:
-        raise ValueError(
-            "`summary` must not be larger than `stride`. "
-            f"Received: summary={summary}, stride={stride}"
-        )
+        raise ValueError(f"`summary` must not be larger than `stride`. Received: summary={summary}, stride={stride}")
     if sub_block is not None:
         sub_block = integer("sub_block", sub_block, 0)
         if sub_block >= stride // summary:

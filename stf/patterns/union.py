@@ -24,26 +24,26 @@ class Union(Pattern):
 
     def __init__(self, parts):
         parts = check_patterns("parts", parts)
-        flat = (
-            each for part in parts for each in (part.parts if isinstance(part, Union) else (part,))
-        )
+        flat = (each for part in parts for each in (part.parts if isinstance(part, Union) else (part,)))
         self.parts = tuple(dict.fromkeys(flat))
 
     def get_config(self):
+        """The arguments as plain data: `parts` as `serialize` gives them."""
         return {"parts": [serialize(part) for part in self.parts]}
 
     @classmethod
     def from_config(cls, config):
+        """The pattern whose `get_config` gave `config`."""
         return cls([deserialize(part) for part in config["parts"]])
 
-    def for_head(self, head):
+    def _for_head(self, head):
         return Union([part.for_head(head) for part in self.parts])
 
-    def check_positions(self, n):
+    def _check_positions(self, n):
         for part in self.parts:
             part.check_positions(n)
 
-    def check_heads(self, num_heads):
+    def _check_heads(self, num_heads):
         for part in self.parts:
             part.check_heads(num_heads)
 
@@ -54,9 +54,8 @@ class Union(Pattern):
         return self.parts
 
     def __repr__(self):
-        return (
-            " | ".join(map(repr, self.parts)) if len(self.parts) > 1 else f"Union({[*self.parts]})"
-        )
+        """The expression that makes the pattern."""
+        return " | ".join(map(repr, self.parts)) if len(self.parts) > 1 else f"Union({[*self.parts]})"
 
 
 def check_patterns(name, patterns):
@@ -65,7 +64,5 @@ def check_patterns(name, patterns):
         raise ValueError(f"`{name}` must be a list of patterns. Received: {name}={patterns!r}")
     patterns = tuple(patterns)
     if not patterns or not all(isinstance(pattern, Pattern) for pattern in patterns):
-        raise ValueError(
-            f"`{name}` must be a list of one or more patterns. Received: {name}={[*patterns]!r}"
-        )
+        raise ValueError(f"`{name}` must be a list of one or more patterns. Received: {name}={[*patterns]!r}")
     return patterns

@@ -22,9 +22,7 @@ def integer(name, value, least):
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(
-            f"{constraint}. Received: {name}={value!r} (of type {type(value).__name__})"
-        ) from None
+        raise ValueError(f"{constraint}. Received: {name}={value!r} (of type {type(value).__name__})") from None
     if number < least:
         raise ValueError(f"{constraint}. Received: {name}={number}")
     if number > LARGEST:
