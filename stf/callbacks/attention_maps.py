@@ -1,0 +1,104 @@
+"""Attention maps and connectivity for TensorBoard (Figures 2 and 3 of the paper)."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from stf.callbacks import drawing
+
+
+class AttentionMaps(keras.callbacks.Callback):
+    """Shows where chosen output pixels look, for each layer and head, and what each pattern connects.
+
+    Made from the keys that the pattern gives each chosen query: nothing n x n is computed.
+
+    Args:
+        log_dir: TensorBoard's folder.
+        tokens: one sequence, integers `[position]`, that the maps are made from.
+        image_shape: (rows, columns, channels) of the sequence.
+        queries: positions whose maps are shown; a third, a half and nine tenths of the sequence unless given.
+        most_layers: layers shown, evenly spaced.
+        every: epochs between two maps; 0 draws at the end of training alone.
+    """
+
+    def __init__(self, log_dir, tokens, image_shape=(32, 32, 3), queries=None, most_layers=8, every=1):
+        super().__init__()
+        self.log_dir = str(log_dir)
+        self.tokens = np.asarray(tokens, np.int32)
+        self.image_shape = tuple(image_shape)
+        if self.tokens.shape != (int(np.prod(self.image_shape)),):
+            raise ValueError(
+                f"tokens must be one sequence of image_shape={self.image_shape}. "
+                f"Received: tokens of shape {self.tokens.shape}"
+            )
+        n, channels = len(self.tokens), self.image_shape[-1]
+        if queries is None:
+            queries = [int(n * part) // channels * channels for part in (0.3125, 0.515625, 0.890625)]
+        if not all(0 <= query < n for query in queries):
+            raise ValueError(f"queries must be positions from 0 to {n - 1}. Received: queries={queries}")
+        self.queries = list(queries)
+        self.most_layers = most_layers
+        self.every = every
+        self._step = None
+
+    def figure(self):
+        """The maps of the model as it is: uint8 `[height, width, 3]`."""
+        hidden = self.model.hidden(tf.constant(self.tokens[None]))
+        blocks = self.model.blocks
+        chosen = np.unique(np.linspace(0, len(blocks) - 1, min(self.most_layers, len(blocks))).astype(int))
+        pictures, titles = [], []
+        for layer in chosen:
+            attention = blocks[layer].attention
+            found = attention.attention_weights(blocks[layer]._attention_norm(hidden[layer]), self.queries)
+            for head in range(attention.num_heads):
+                for query, heads in zip(self.queries, found, strict=True):
+                    keys, weights = heads[head]
+                    pictures.append(drawing.attention_picture(keys, weights[0], query, self.image_shape))
+                    row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
+                    titles.append(f"layer {layer}, head {head}\n{_name(attention.pattern, head)}\nrow {row}, column {column}")
+        columns = len(self.queries) * blocks[0].attention.num_heads
+        heading = "Attention weights of chosen pixels (framed); grey: not attended to, black: after the pixel"
+        return drawing.panels(pictures, columns, titles, heading=heading)
+
+    def connectivity(self):
+        """What each distinct pattern connects: uint8 `[height, width, 3]`."""
+        pictures, titles, seen = [], [], set()
+        query, n = self.queries[len(self.queries) // 2], len(self.tokens)
+        for block in self.model.blocks:
+            attention = block.attention
+            for head in range(attention.num_heads):
+                pattern = attention.pattern.for_head(head)
+                if pattern in seen:
+                    continue
+                seen.add(pattern)
+                name = _name(attention.pattern, head)
+                pictures += [
+                    drawing.reach_picture(pattern, head, query, self.image_shape),
+                    drawing.connectivity_picture(pattern, head, n, self.image_shape[0] * 6),
+                ]
+                titles += [f"{name}\none pixel's keys", f"{name}\nqueries down, keys across"]
+        return drawing.panels(pictures, 4, titles, heading="Connectivity of the patterns")
+
+    def write(self):
+        """Writes both figures now."""
+        writer = tf.summary.create_file_writer(self.log_dir)
+        with writer.as_default(step=int(self.model.optimizer.iterations)):
+            tf.summary.image("attention maps", self.figure()[None])
+            tf.summary.image("connectivity", self.connectivity()[None])
+        writer.close()
+        self._step = int(self.model.optimizer.iterations)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes every so many epochs."""
+        if self.every and (epoch + 1) % self.every == 0:
+            self.write()
+
+    def on_train_end(self, logs=None):
+        """Writes once more, unless it has just been done."""
+        if self._step != int(self.model.optimizer.iterations):
+            self.write()
+
+
+def _name(pattern, head):
+    name = repr(pattern.for_head(head))
+    return name if len(name) <= 26 else name.replace("stride=", "").replace("summary=", "").replace("sub_block=", "")

@@ -1,0 +1,107 @@
+"""Pictures as arrays: grids of images, labelled panels, attention maps, connectivity."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND, INK = (24, 24, 28), (235, 235, 235)
+
+
+def enlarge(image, factor):
+    """`image` `[rows, columns, 3]`, each pixel a square of `factor` pixels."""
+    return np.repeat(np.repeat(image, factor, 0), factor, 1)
+
+
+def grid(images, columns=None, factor=4, gap=4):
+    """Images `[count, rows, columns, channels]` side by side in one, enlarged; uint8 RGB."""
+    images = np.asarray(images, np.uint8)
+    if images.shape[-1] == 1:
+        images = np.repeat(images, 3, -1)
+    columns = columns or int(np.ceil(np.sqrt(2 * len(images))))
+    return panels([enlarge(image, factor) for image in images], columns, gap=gap)
+
+
+def panels(pictures, columns, titles=None, gap=8, heading=None):
+    """Pictures of one size in rows of `columns`, each under its title, all under a heading; uint8 RGB."""
+    height, width = pictures[0].shape[:2]
+    font = ImageFont.load_default(size=13)
+    lines = max((title.count("\n") + 1 for title in titles), default=0) if titles else 0
+    label = 17 * lines
+    top = 30 if heading else 0
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, top + rows * (height + label + gap) + gap), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    if heading:
+        draw.text((gap, 7), heading, INK, ImageFont.load_default(size=16))
+    for index, picture in enumerate(pictures):
+        x = gap + index % columns * (width + gap)
+        y = top + gap + index // columns * (height + label + gap)
+        if titles:
+            draw.multiline_text((x, y), titles[index], INK, font, spacing=3)
+        canvas.paste(Image.fromarray(np.asarray(picture, np.uint8)), (x, y + label))
+    return np.asarray(canvas)
+
+
+def heat(values):
+    """Values in [0, 1] as colours from dark violet over orange to white, `[..., 3]`."""
+    stops = np.array([(38, 20, 60), (120, 28, 109), (207, 68, 70), (250, 155, 40), (252, 255, 200)], float)
+    at = np.clip(np.nan_to_num(values), 0, 1) * (len(stops) - 1)
+    low = np.minimum(at.astype(int), len(stops) - 2)
+    part = (at - low)[..., None]
+    return (stops[low] * (1 - part) + stops[low + 1] * part).astype(np.uint8)
+
+
+def attention_picture(keys, weights, query, image_shape, factor=6):
+    """Weights of one query over the image, as in the paper's Figure 2.
+
+    A pixel has the sum over its channels, by the root of its share of the largest, so that small weights
+    show. What lies after the query is black, keys that the pattern leaves out are grey, the query's pixel
+    has a frame.
+
+    Args:
+        keys: positions that the query attends to.
+        weights: their weights.
+        query: its position.
+        image_shape: (rows, columns, channels).
+    """
+    rows, columns, channels = image_shape
+    total, seen = np.zeros(rows * columns), np.zeros(rows * columns, bool)
+    np.add.at(total, np.asarray(keys) // channels, weights)
+    seen[np.asarray(keys) // channels] = True
+    picture = np.where(seen[:, None], heat(np.sqrt(total / max(total.max(), 1e-12))), 70).astype(np.uint8)
+    picture[query // channels + 1 :] = 0
+    picture = enlarge(picture.reshape(rows, columns, 3), factor)
+    return framed(picture, query // channels, columns, factor)
+
+
+def framed(picture, pixel, columns, factor):
+    """A frame around one pixel of an enlarged picture."""
+    y, x = pixel // columns * factor, pixel % columns * factor
+    image = Image.fromarray(picture)
+    ImageDraw.Draw(image).rectangle((x - 1, y - 1, x + factor, y + factor), outline=(90, 220, 255), width=2)
+    return np.asarray(image)
+
+
+def connectivity_picture(pattern, head, positions, size=192):
+    """Which keys (across) each query (down) attends to, as the matrices of the paper's Figure 3.
+
+    `size` rows are drawn, each from the keys of one query; a column stands for as many keys as there are
+    positions to a column.
+    """
+    size = min(size, positions)
+    picture = np.full((size, size, 3), 255, np.uint8)
+    picture[np.triu_indices(size, 1)] = (200, 200, 204)
+    for row in range(size):
+        query = (row + 1) * positions // size - 1
+        picture[row, pattern.keys(query, head) * size // positions] = (120, 170, 235)
+        picture[row, query * size // positions] = (20, 60, 150)
+    return picture
+
+
+def reach_picture(pattern, head, query, image_shape, factor=6):
+    """Which pixels one query attends to, over the image, as the small pictures of the paper's Figure 3."""
+    rows, columns, channels = image_shape
+    picture = np.full((rows * columns, 3), 255, np.uint8)
+    picture[query // channels + 1 :] = (200, 200, 204)
+    picture[pattern.keys(query, head) // channels] = (120, 170, 235)
+    picture[query // channels] = (20, 60, 150)
+    return enlarge(picture.reshape(rows, columns, 3), factor)

@@ -1,0 +1,64 @@
+"""CIFAR-10 as sequences of 3,072 bytes: row, column, channel, the last running fastest."""
+
+import numpy as np
+
+from stf.data.sequences import Splits
+
+SHAPE = (32, 32, 3)
+SEED = 11172018  # the authors' follow-up code splits by RandomState(11172018).permutation
+
+
+class NotAvailableError(RuntimeError):
+    """The data set is neither on disk nor to be had from the network."""
+
+
+def split(images, held_out_of=(2000, 50000)):
+    """Training and validation images: 48,000 and 2,000 of 50,000, in proportion of fewer.
+
+    Args:
+        images: the training images, `[examples, ...]`.
+        held_out_of: how many are held out for validation, of how many.
+    """
+    order = np.random.RandomState(SEED).permutation(len(images))
+    held_out = round(len(images) * held_out_of[0] / held_out_of[1])
+    return images[order[held_out:]], images[order[:held_out]]
+
+
+def load(data_dir=None, download=True):
+    """CIFAR-10 through tensorflow-datasets.
+
+    Args:
+        data_dir: its folder; tensorflow-datasets' own unless given.
+        download: whether to fetch the data set where the folder does not hold it.
+
+    Returns:
+        `Splits`: the paper's 48,000 / 2,000 / 10,000 where the whole set is there, the same proportions of
+        the training images where it is not.
+
+    Raises:
+        NotAvailableError: it is not there and was not, or could not be, fetched.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("cifar10", data_dir=data_dir)
+    if not builder.is_prepared():
+        if not download:
+            raise NotAvailableError(f"CIFAR-10 is not in {builder.data_dir}.")
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # whatever a network, a proxy or a disk may say
+            raise NotAvailableError(f"CIFAR-10 is not in {builder.data_dir}, and fetching it failed: {error}") from error
+    train, validation = split(_images(builder, "train"))
+    test = _images(builder, "test")
+    description = (
+        f"CIFAR-10 from {builder.data_dir}: {len(train):,} images to train, {len(validation):,} to validate, "
+        f"{len(test):,} to test"
+    )
+    return Splits(train, validation, test, description)
+
+
+def _images(builder, name):
+    import tensorflow_datasets as tfds
+
+    images = builder.as_dataset(split=name, shuffle_files=False).map(lambda example: example["image"])
+    return np.stack([image.reshape(-1) for image in tfds.as_numpy(images)])
