@@ -1,8 +1,9 @@
 """Keras callbacks: what a run shows in TensorBoard, and how it goes on after a stop."""
 
+from stf.callbacks import drawing
 from stf.callbacks.attention_maps import AttentionMaps
 from stf.callbacks.checkpoint import Checkpoint
 from stf.callbacks.progress import TrainingLog
 from stf.callbacks.samples import Samples
 
-__all__ = ["AttentionMaps", "Checkpoint", "Samples", "TrainingLog"]
+__all__ = ["AttentionMaps", "Checkpoint", "Samples", "TrainingLog", "drawing"]

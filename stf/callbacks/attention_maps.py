@@ -43,19 +43,17 @@ class AttentionMaps(keras.callbacks.Callback):
 
     def figure(self):
         """The maps of the model as it is: uint8 `[height, width, 3]`."""
-        hidden = self.model.hidden(tf.constant(self.tokens[None]))
         blocks = self.model.blocks
         chosen = np.unique(np.linspace(0, len(blocks) - 1, min(self.most_layers, len(blocks))).astype(int))
+        found = self.model.attention_weights(self.tokens[None], self.queries, blocks=chosen.tolist())
         pictures, titles = [], []
-        for layer in chosen:
-            attention = blocks[layer].attention
-            found = attention.attention_weights(blocks[layer]._attention_norm(hidden[layer]), self.queries)
-            for head in range(attention.num_heads):
-                for query, heads in zip(self.queries, found, strict=True):
-                    keys, weights = heads[head]
+        for layer, heads in zip(chosen, found, strict=True):
+            for head, rows in enumerate(heads):
+                for query, (keys, weights) in zip(self.queries, rows, strict=True):
                     pictures.append(drawing.attention_picture(keys, weights[0], query, self.image_shape))
                     row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
-                    titles.append(f"layer {layer}, head {head}\n{_name(attention.pattern, head)}\nrow {row}, column {column}")
+                    name = _name(blocks[layer].attention.pattern, head)
+                    titles.append(f"layer {layer}, head {head}\n{name}\nrow {row}, column {column}")
         columns = len(self.queries) * blocks[0].attention.num_heads
         heading = "Attention weights of chosen pixels (framed); grey: not attended to, black: after the pixel"
         return drawing.panels(pictures, columns, titles, heading=heading)

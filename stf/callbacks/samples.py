@@ -39,14 +39,14 @@ class Samples(keras.callbacks.Callback):
         )
         return tokens.astype(np.uint8).reshape(-1, *self.image_shape)
 
-    def write(self, name, pictures, step):
-        """Writes a grid of images `[count, rows, columns, channels]` to the log."""
+    def write(self, name, images, columns=None):
+        """Writes images `[count, rows, columns, channels]` to the log, as a grid of so many columns."""
         writer = tf.summary.create_file_writer(self.log_dir)
-        with writer.as_default(step=step):
-            tf.summary.image(name, grid(pictures)[None])
+        with writer.as_default(step=int(self.model.optimizer.iterations)):
+            tf.summary.image(name, grid(images, columns)[None])
         writer.close()
 
     def on_epoch_end(self, epoch, logs=None):
         """Draws a grid every so many epochs."""
         if self.every and (epoch + 1) % self.every == 0:
-            self.write("samples", self.images(), int(self.model.optimizer.iterations))
+            self.write("samples", self.images())
