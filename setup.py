@@ -17,12 +17,15 @@ class BuildPy(build_py):
 
     def run(self):
         built = op_library.build()
+        if self.editable_mode:
+            return super().run()
+        # A module that is gone from the sources must not come back from an earlier build.
+        shutil.rmtree(pathlib.Path(self.build_lib) / "stf", ignore_errors=True)
         super().run()
-        if not self.editable_mode:
-            target = pathlib.Path(self.build_lib) / "stf" / "ops"
-            target.mkdir(parents=True, exist_ok=True)
-            for path in built:
-                shutil.copy2(path, target)
+        target = pathlib.Path(self.build_lib) / "stf" / "ops"
+        target.mkdir(parents=True, exist_ok=True)
+        for path in built:
+            shutil.copy2(path, target)
 
 
 class PlatformWheel(bdist_wheel):

@@ -3,7 +3,7 @@
     python custom_ops/build.py                    # TensorFlow must be installed for this Python
     python custom_ops/build.py --install-bazel    # first install Debian's bazel-bootstrap, if no Bazel is found
 
-Needs no network: Bazel's rules are its own, and TensorFlow's headers and library are the wheel's.
+With Debian's Bazel it needs no network: the rules are Bazel's own, and TensorFlow's headers and library are the wheel's.
 """
 
 import importlib.metadata
@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -19,49 +20,61 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = "//custom_ops:libstf_ops.so"
 LIBRARY = ROOT / "stf" / "ops" / "libstf_ops.so"
 BUILT_FOR = LIBRARY.with_name("built_for.json")
+VERSIONS = range(4, 8)  # 8 and later read no WORKSPACE unless told to, and have no C++ rules of their own
+DEBIAN = "bazel-4"  # Debian's launcher `bazel` refuses any .bazelversion but its own; this is the program behind it
 MISSING = (
-    "No Bazel found. Install one of: `bazelisk` (any system), `bazel` 4 to 7, or on Debian and Ubuntu "
+    "No Bazel from 4 to 7 found. Install one of: `bazelisk` (any system), `bazel`, or on Debian and Ubuntu "
     "`apt-get install bazel-bootstrap`. Then run this again."
 )
 
 
+def major_version(bazel):
+    """The major version of a Bazel command; None where it does not run."""
+    if pathlib.Path(bazel).name == DEBIAN:
+        return 4  # says "no_version" of itself
+    said = subprocess.run([bazel, "--version"], cwd=ROOT, capture_output=True, text=True)
+    found = re.search(r"^bazel (\d+)\.", said.stdout, re.MULTILINE)
+    return int(found[1]) if found and said.returncode == 0 else None
+
+
 def find_bazel(install=False):
-    """The command of Bazel; installs Debian's where that is asked for and possible."""
-    # Debian's launcher `bazel` refuses any .bazelversion but its own; the program behind it is bazel-4.
-    names = ("bazel-4", "bazel", "bazelisk")
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    if install and shutil.which("apt-get"):
-        root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        if not root or shutil.which("sudo"):
-            subprocess.run([*root, "apt-get", "update", "-qq"], check=False)
-            command = [*root, "apt-get", "install", "-y", "-qq", "bazel-bootstrap"]
-            subprocess.run(command, check=False)
-            if found := shutil.which("bazel-4"):
-                return found
+    """A Bazel that can build this, and its major version; installs Debian's where that is asked for and possible."""
+    for name in (DEBIAN, "bazel", "bazelisk"):
+        if (path := shutil.which(name)) and (version := major_version(path)) in VERSIONS:
+            return path, version
+    if install and subprocess.run([ROOT / "third_party" / "debian" / "install.sh", "bazel-bootstrap"]).returncode == 0:
+        return find_bazel()
     sys.exit(MISSING)
 
 
+def flags_for(version):
+    """Flags that one major version of Bazel needs and another may not know."""
+    if version < 6:
+        # Would be downloaded; the stand-ins hand out Bazel's own rules.
+        stand_ins = ("rules_cc", "rules_java")
+        return [f"--override_repository={name}={ROOT / 'third_party' / name}" for name in stand_ins]
+    return ["--noenable_bzlmod"] if version >= 7 else []
+
+
 def tensorflow():
-    """Version, include folder and library folder of the installed TensorFlow, without importing it."""
+    """Version and folder of the installed TensorFlow, without importing it."""
     spec = importlib.util.find_spec("tensorflow")
     if spec is None:
         sys.exit("TensorFlow is not installed for this Python: pip install -r requirements.lock")
-    folder = pathlib.Path(spec.origin).parent
-    return importlib.metadata.version("tensorflow"), folder / "include", folder
+    return importlib.metadata.version("tensorflow"), pathlib.Path(spec.origin).parent
 
 
 def build(install_bazel=False):
     """Builds the library; returns its path and that of the file that says what it was built for."""
-    bazel = find_bazel(install_bazel)
-    version, include, lib = tensorflow()
+    bazel, bazel_version = find_bazel(install_bazel)
+    version, folder = tensorflow()
     environment = {
-        "STF_TENSORFLOW_INCLUDE": include,
-        "STF_TENSORFLOW_LIB": lib,
+        "STF_TENSORFLOW_INCLUDE": folder / "include",
+        "STF_TENSORFLOW_LIB": folder,
+        # What tf.sysconfig.get_compile_flags() says of TensorFlow 2.21's wheel, and what its build aligned Eigen to.
         "STF_TENSORFLOW_DEFINES": "_GLIBCXX_USE_CXX11_ABI=1 EIGEN_MAX_ALIGN_BYTES=64",
     }
-    command = [bazel, "build", TARGET]
+    command = [bazel, "--max_idle_secs=60", "build", TARGET, *flags_for(bazel_version)]
     command += [f"--repo_env={name}={value}" for name, value in environment.items()]
     if os.environ.get("STF_BAZEL_OUTPUT"):
         command.insert(1, f"--output_user_root={os.environ['STF_BAZEL_OUTPUT']}")

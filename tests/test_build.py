@@ -1,0 +1,148 @@
+"""What is built and installed: the library beside stf, the pins, the wheel, and the README's snippets."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OPS = ROOT / "stf" / "ops"
+
+
+def normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked():
+    lines = (ROOT / "requirements.lock").read_text().split()
+    return {normalized(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def run(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
+    )
+
+
+def test_environment_is_the_locked_one():
+    versions = {name: importlib.metadata.version(name) for name in locked()}
+    assert versions == locked()
+
+
+def test_lock_holds_all_that_stf_needs():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins, pending, seen = locked(), list(project["dependencies"]), set()
+    for extra in project["optional-dependencies"].values():
+        pending += extra
+    while pending:
+        requirement = Requirement(pending.pop())
+        name = normalized(requirement.name)
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in {"", *requirement.extras}
+        ):
+            continue
+        assert name in pins, f"{requirement} is not in requirements.lock"
+        assert requirement.specifier.contains(pins[name], prereleases=True), requirement
+        if name not in seen:
+            seen.add(name)
+            pending += importlib.metadata.requires(name) or []
+
+
+def test_library_says_what_it_was_built_for():
+    built_for = json.loads((OPS / "built_for.json").read_text())
+    assert built_for == {"tensorflow": importlib.metadata.version("tensorflow")}
+
+
+def test_kernels_know_nothing_of_tensorflow():
+    sources = [path for path in (ROOT / "custom_ops" / "attention").rglob("*") if path.suffix in {".h", ".cc", ".cu"}]
+    assert sources
+    for path in sources:
+        includes = re.findall(r"#include\s+[<\"](\S+)[>\"]", path.read_text())
+        assert not [name for name in includes if "tensorflow" in name or name.startswith("xla/")], path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = ("-m", "pip", "wheel", "--disable-pip-version-check", "--no-build-isolation", "--no-deps", "--no-index")
+    built = run(*pip, "--wheel-dir", folder, ROOT)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_wheel_is_for_this_platform(wheel):
+    assert re.fullmatch(r"stf-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"stf/ops/libstf_ops.so", "stf/ops/built_for.json", "stf/patterns/__init__.py"} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"stf"}
+
+
+USE_OP = """
+import numpy as np, stf
+x = np.random.default_rng(0).normal(size=(1, 40, 2, 8)).astype("float32")
+pattern = stf.patterns.Local(7) | stf.patterns.Strided(7)
+out, reference = (f(x, x, x, pattern) for f in (stf.ops.attention, stf.ops.reference_attention))
+np.testing.assert_allclose(out, reference, atol=1e-5)
+print(stf.__file__, stf.ops.library_path())
+"""
+
+
+def test_wheel_works_without_the_source_tree(wheel, tmp_path):
+    """Unpacked elsewhere and put first on the path; the editable installation's folder must not be used."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    used = run("-c", USE_OP, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert used.returncode == 0, used.stderr
+    assert str(tmp_path) in used.stdout and str(ROOT) not in used.stdout
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda ops: (ops / "libstf_ops.so").unlink(), "op library is missing"),
+        (
+            lambda ops: (ops / "built_for.json").write_text('{"tensorflow": "2.20.0"}'),
+            "was built for TensorFlow 2.20.0",
+        ),
+        (lambda ops: (ops / "libstf_ops.so").write_bytes(b"no library"), "does not load"),
+    ],
+    ids=["missing", "other TensorFlow", "broken"],
+)
+def test_import_works_without_the_library_and_the_op_says_what_to_do(wheel, tmp_path, break_it, said):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    break_it(tmp_path / "stf" / "ops")
+    used = run("-c", "import stf; print('imported', stf.ops.is_available())\n" + USE_OP, cwd=tmp_path)
+    assert "imported False" in used.stdout, used.stderr
+    assert "LibraryNotFoundError" in used.stderr and said in used.stderr
+    assert "pip install ." in used.stderr
+
+
+def test_version_is_the_same_everywhere():
+    import stf
+
+    assert stf.__version__ == importlib.metadata.version("stf")
+    assert f"## {stf.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_readme_snippets_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    names = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["output"].shape == names["query"].shape
+    assert names["completed"].shape == (2, 256)
