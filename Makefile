@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := third_party/debian/install.sh
 NODE_VERSION := 22.20.0
 BUILDIFIER_VERSION := 8.2.1
-BUILDIFIER := PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier
+# Bazel 4 to 7 have the C++ rules built in.
+BUILDIFIER := PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier --warnings=-native-cc-binary,-native-cc-library
 LIBRARY := stf/ops/libstf_ops.so
 SOURCES := $(shell find custom_ops third_party -type f -not -path '*/__pycache__/*') WORKSPACE BUILD .bazelrc .bazelversion
 CPP := $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

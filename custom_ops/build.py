@@ -3,7 +3,7 @@
     python custom_ops/build.py                    # TensorFlow must be installed for this Python
     python custom_ops/build.py --install-bazel    # first install Debian's bazel-bootstrap, if no Bazel is found
 
-With Debian's Bazel it needs no network: the rules are Bazel's own, and TensorFlow's headers and library are the wheel's.
+With Debian's Bazel it needs no network: the rules are Bazel's own, TensorFlow's headers and library are the wheel's.
 """
 
 import importlib.metadata
