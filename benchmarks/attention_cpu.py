@@ -194,14 +194,20 @@ def print_row(r):
 
 def ratios(rows):
     """How many times faster ours is than each peer, row by row."""
-    ours = {(r["pattern"], r["shape"][2], r["pass"]): r["ms"] for r in rows if r["implementation"] == "stf" and r["dtype"] == "float32"}
+    ours = {
+        (r["pattern"], r["shape"][2], r["pass"]): r["ms"]
+        for r in rows
+        if r["implementation"] == "stf" and r["dtype"] == "float32"
+    }
     found = []
     for r in rows:
         if r["implementation"] == "stf":
             continue
         ratio = r["ms"] / ours[r["pattern"], r["shape"][2], r["pass"]]
         found.append({**{k: r[k] for k in ("pattern", "shape", "pass", "implementation")}, "times_faster": ratio})
-        print(f"{r['pattern'][:44]:44s} {r['shape'][2]:8,d} {r['pass']:17s} stf is {ratio:7.1f}x as fast as {r['implementation']}")
+        print(
+            f"{r['pattern'][:44]:44s} {r['shape'][2]:8,d} {r['pass']:17s} stf is {ratio:7.1f}x as fast as {r['implementation']}"
+        )
     return found
 
 
@@ -214,7 +220,10 @@ def growth(repeats):
         arrays = inputs(positions)
         call = passes(lambda q, k, v, p=pattern: stf.ops.attention(q, k, v, p), *arrays)[1]
         points.append((positions, median_time(call, max(3, repeats // 3))))
-        print(f"both strided heads, l={stride}, n={positions:,}: {1e3 * points[-1][1]:.1f} ms forward+backward", flush=True)
+        print(
+            f"both strided heads, l={stride}, n={positions:,}: {1e3 * points[-1][1]:.1f} ms forward+backward",
+            flush=True,
+        )
     exponent = float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
     print(f"time grows as n^{exponent:.2f} from n = 3,072 to 196,608")
     return {"points": [{"positions": n, "ms": 1e3 * s} for n, s in points], "exponent": exponent}
@@ -252,7 +261,9 @@ def main(_):
         print(json.dumps(run_once(config.positions)))
         return
     matmul, copy = rates(config.repeats)
-    print(f"matmul 2048^3: {matmul['float32'] / 1e9:.0f} GFLOP/s float32, {matmul['bfloat16'] / 1e9:.0f} bfloat16; copy {copy / 1e9:.1f} GB/s")
+    print(
+        f"matmul 2048^3: {matmul['float32'] / 1e9:.0f} GFLOP/s float32, {matmul['bfloat16'] / 1e9:.0f} bfloat16; copy {copy / 1e9:.1f} GB/s"
+    )
     cases = [(Causal(), 3072)]
     for n in (3072, 12288):
         cases += [(Local(128), n), (Strided(128), n), (PerHead([Local(128), Strided(128)]), n)]
@@ -263,7 +274,11 @@ def main(_):
             rows += measure(pattern, positions, matmul, copy, config.repeats)
             rows += measure(pattern, positions, matmul, copy, config.repeats, tf.bfloat16, with_peers=False)
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": THREADS},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": THREADS,
+        },
         "versions": {"stf": stf.__version__, "tensorflow": tf.__version__, "numpy": np.__version__},
         "command": "python benchmarks/attention_cpu.py",
         "matmul_flops": matmul,

@@ -4,7 +4,7 @@
     python examples/train_cifar10.py --data_dir=PATH                   # where tensorflow-datasets keeps CIFAR-10
     python examples/train_cifar10.py --resume                          # go on after Ctrl-C or a crash
     python examples/train_cifar10.py --preset=cifar10 --policy=mixed_bfloat16 --batch_size=16 --steps=360000 \
-        --learning_rate=0.00035 --warmup_steps=5000                    # the paper's model: 128 blocks, 59,196,928 parameters
+        --learning_rate=0.00035 --warmup_steps=5000    # the paper's model
     tensorboard --logdir=runs/cifar10/log                              # losses, samples, attention maps
 """
 
@@ -25,8 +25,8 @@ flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
 flags.DEFINE_string("run_dir", "runs/cifar10", "Folder of the checkpoint, the log and the pictures.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoint in run_dir.")
 flags.DEFINE_integer("batch_size", 4, "Images of a step.")
-flags.DEFINE_integer("steps", 480, "Steps of the whole run.")
-flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation and a checkpoint.")
+flags.DEFINE_integer("steps", 1000, "Steps of the whole run.")
+flags.DEFINE_integer("epochs", 5, "Parts of the run; each ends with validation and a checkpoint.")
 flags.DEFINE_float("learning_rate", 6e-3, "Peak of the learning rate.")
 flags.DEFINE_integer("warmup_steps", 50, "Steps until the peak.")
 flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfloat16 or mixed_float16.")

@@ -1,30 +1,25 @@
 """stf: Sparse Transformers for TensorFlow and Keras 3.
 
 Long-sequence attention whose cost grows as n sqrt(n) (Child et al. 2019, arXiv 1904.10509): patterns,
-a custom op, Keras layers and a Keras model. Parts load when they are first used, so that
-`stf.patterns` needs NumPy alone.
+a custom op, Keras layers and a Keras model. Importing stf registers its Keras classes, so that
+`keras.saving.load_model` finds them; the op library loads when an op is first called, data sets and
+callbacks when they are first used.
 """
 
 import importlib
 
+from stf import patterns
 from stf.version import __version__
 
-_PARTS = (
-    "callbacks",
-    "data",
-    "generation",
-    "layers",
-    "models",
-    "ops",
-    "patterns",
-    "training",
-)
+from stf import ops, layers, training, models, generation  # isort: skip
 
-__all__ = ["__version__", *_PARTS]
+_LATER = ("callbacks", "data")
+
+__all__ = ["__version__", "generation", "layers", "models", "ops", "patterns", "training", *_LATER]
 
 
 def __getattr__(name):
-    if name in _PARTS:
+    if name in _LATER:
         return importlib.import_module(f"stf.{name}")
     raise AttributeError(f"module 'stf' has no attribute {name!r}")
 

@@ -16,7 +16,8 @@ class AttentionMaps(keras.callbacks.Callback):
         log_dir: TensorBoard's folder.
         tokens: one sequence, integers `[position]`, that the maps are made from.
         image_shape: (rows, columns, channels) of the sequence.
-        queries: positions whose maps are shown; a third, a half and nine tenths of the sequence unless given.
+        queries: positions whose maps are shown, each as the model predicts its token; the middle of three rows
+            unless given. Key j of a map is what the model has read by then: the tokens before the j-th.
         most_layers: layers shown, evenly spaced.
         every: epochs between two maps; 0 draws at the end of training alone.
     """
@@ -31,9 +32,10 @@ class AttentionMaps(keras.callbacks.Callback):
                 f"tokens must be one sequence of image_shape={self.image_shape}. "
                 f"Received: tokens of shape {self.tokens.shape}"
             )
-        n, channels = len(self.tokens), self.image_shape[-1]
+        n = len(self.tokens)
         if queries is None:
-            queries = [int(n * part) // channels * channels for part in (0.3125, 0.515625, 0.890625)]
+            rows, columns, channels = self.image_shape
+            queries = [(int(rows * part) * columns + columns // 2) * channels for part in (1 / 3, 1 / 2, 7 / 8)]
         if not all(0 <= query < n for query in queries):
             raise ValueError(f"queries must be positions from 0 to {n - 1}. Received: queries={queries}")
         self.queries = list(queries)

@@ -1,11 +1,16 @@
 """CIFAR-10 as sequences of 3,072 bytes: row, column, channel, the last running fastest."""
 
+import socket
+
 import numpy as np
 
 from stf.data.sequences import Splits
 
 SHAPE = (32, 32, 3)
 SEED = 11172018  # the authors' follow-up code splits by RandomState(11172018).permutation
+
+
+HOST = "www.cs.toronto.edu"  # where the data set is published
 
 
 class NotAvailableError(RuntimeError):
@@ -40,14 +45,18 @@ def load(data_dir=None, download=True):
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder("cifar10", data_dir=data_dir)
+    builder = tfds.builder("cifar10", data_dir=data_dir, try_gcs=False)
     if not builder.is_prepared():
         if not download:
             raise NotAvailableError(f"CIFAR-10 is not in {builder.data_dir}.")
         try:
+            # Asked first, since the downloader would retry for minutes where there is no network.
+            socket.create_connection((HOST, 443), timeout=10).close()
             builder.download_and_prepare()
         except Exception as error:  # whatever a network, a proxy or a disk may say
-            raise NotAvailableError(f"CIFAR-10 is not in {builder.data_dir}, and fetching it failed: {error}") from error
+            raise NotAvailableError(
+                f"CIFAR-10 is not in {builder.data_dir}, and fetching it failed: {error}"
+            ) from error
     train, validation = split(_images(builder, "train"))
     test = _images(builder, "test")
     description = (

@@ -21,7 +21,9 @@ def load():
     """`Splits` of the photographs' squares, split by photograph."""
     import skimage.data
 
-    splits = [np.concatenate([cut(getattr(skimage.data, name)()) for name in names]) for names in (TRAIN, VALIDATION, TEST)]
+    splits = [
+        np.concatenate([cut(getattr(skimage.data, name)()) for name in names]) for names in (TRAIN, VALIDATION, TEST)
+    ]
     description = (
         "NOT CIFAR-10: squares of five photographs that scikit-image carries "
         f"({', '.join(TRAIN)} to train: {len(splits[0]):,} squares; {', '.join(VALIDATION)} to validate: "

@@ -23,7 +23,7 @@ class Decoder:
         self.model = model
         self.length = length
         self._caches = []
-        for block in model.blocks:
+        for _ in model.blocks:
             shapes = [(model.num_heads, length, batch_size, d) for d in (model.key_dim, model.value_dim)]
             self._caches.append([tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes])
         distinct = {}

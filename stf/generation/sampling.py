@@ -28,9 +28,7 @@ def draw(logits, temperature, seed, top_k=None):
     return tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)[:, 0]
 
 
-def generate(
-    model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1
-):
+def generate(model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1):
     """Samples of a `SparseTransformer`; see its method of the same name."""
     length = model.length if length is None else length
     if temperature < 0:

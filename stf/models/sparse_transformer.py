@@ -112,7 +112,10 @@ class SparseTransformer(keras.Model):
         self.blocks = [self._block(index, policy) for index in range(num_blocks)]
         self.final_norm = keras.layers.LayerNormalization(epsilon=1e-5, name="final_norm", **policy)
         # W_out begins at 0 (Section 5.2): the first loss is that of the uniform distribution.
-        self.logits = keras.layers.Dense(vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", **policy)
+        self.logits = keras.layers.Dense(
+            vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", **policy
+        )
+        self.build((None, length))
 
     @classmethod
     def from_preset(cls, name, **overrides):
@@ -164,6 +167,16 @@ class SparseTransformer(keras.Model):
         found = [self.start_shift(self.position_embedding(self.token_embedding(inputs)))]
         for block in self.blocks:
             found.append(block(found[-1], training=training))
+        return found
+
+    def attention_weights(self, tokens, positions, blocks=None):
+        """Weights of chosen queries: for each of `blocks`, each head and each position, keys and weights."""
+        hidden = self.hidden(tf.convert_to_tensor(tokens))
+        found = []
+        for index in range(self.num_blocks) if blocks is None else blocks:
+            block = self.blocks[index]
+            rows = block.attention.attention_weights(block._attention_norm(hidden[index]), positions)
+            found.append([[row[head] for row in rows] for head in range(self.num_heads)])
         return found
 
     def call(self, inputs, training=None):

@@ -11,6 +11,18 @@ class AdamW(keras.optimizers.AdamW):
     Biases, normalisations' scales and the start vector are not decayed (the authors' follow-up code).
     """
 
+    def build(self, variables):
+        """Makes the slots, and a variable for the norm of the last gradient, before clipping."""
+        super().build(variables)
+        self.gradient_norm = tf.Variable(0.0, trainable=False, name="gradient_norm")
+
+    def apply(self, grads, trainable_variables=None):
+        """Applies gradients and notes their global norm."""
+        grads = list(grads)
+        if self.built:
+            self.gradient_norm.assign(tf.linalg.global_norm([g for g in grads if g is not None]))
+        return super().apply(grads, trainable_variables)
+
     def _use_weight_decay(self, variable):
         return len(variable.shape) >= 2
 
@@ -27,9 +39,7 @@ def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.99
     Returns:
         An `AdamW`; under the mixed_float16 policy inside a `LossScale`.
     """
-    inner = AdamW(
-        learning_rate, weight_decay=weight_decay, global_clipnorm=global_clipnorm, beta_2=beta_2, **kwargs
-    )
+    inner = AdamW(learning_rate, weight_decay=weight_decay, global_clipnorm=global_clipnorm, beta_2=beta_2, **kwargs)
     policy = keras.config.dtype_policy()
     return LossScale(inner) if policy.name == "mixed_float16" else inner
 

@@ -1,0 +1,130 @@
+"""What a run writes: checkpoints, scalars, pictures."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import stf
+from stf.callbacks import drawing
+
+SHAPE = (4, 6, 3)
+LENGTH = 72
+
+
+@pytest.fixture(scope="module")
+def model():
+    patterns = [stf.patterns.Local(18), stf.patterns.PerHead([stf.patterns.Strided(18), stf.patterns.Fixed(18, 3)])]
+    model = stf.models.SparseTransformer(LENGTH, patterns, 2, 2, 16, SHAPE, seed=1)
+    model.compile(
+        stf.training.optimizer(1e-2),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        [stf.training.BitsPerDim()],
+    )
+    return model
+
+
+def tokens(count=4):
+    return np.random.default_rng(0).integers(0, 256, (count, LENGTH)).astype(np.int32)
+
+
+def test_scalars_pictures_and_checkpoint_of_a_run(model, tmp_path):
+    log = tmp_path / "log"
+    callbacks = [
+        stf.callbacks.TrainingLog(log, every=1),
+        stf.callbacks.AttentionMaps(log, tokens()[0], SHAPE),
+        stf.callbacks.Samples(log, SHAPE, count=2, every=1),
+        stf.callbacks.Checkpoint(tmp_path / "checkpoint.keras"),
+    ]
+    x = tokens()
+    model.fit(x, x, batch_size=2, epochs=1, validation_data=(x, x), callbacks=callbacks, verbose=0)
+    events = EventAccumulator(str(log), size_guidance={"tensors": 0}).Reload()
+    names = set(events.Tags()["tensors"])
+    assert {
+        "train/bits_per_dim",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "validation/bits_per_dim",
+        "attention maps",
+        "connectivity",
+        "samples",
+    } <= names
+    norms = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("train/gradient_norm")]
+    assert len(norms) == 2 and min(norms) > 0
+    loaded = keras.saving.load_model(tmp_path / "checkpoint.keras")
+    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations)
+    np.testing.assert_array_equal(loaded(x).numpy(), model(x).numpy())
+    assert [path.name for path in tmp_path.glob("*.keras")] == ["checkpoint.keras"]
+
+
+def test_checkpoint_leaves_the_last_good_one_when_saving_fails(model, tmp_path, monkeypatch):
+    checkpoint = stf.callbacks.Checkpoint(tmp_path / "checkpoint.keras")
+    checkpoint.set_model(model)
+    checkpoint.save()
+    before = (tmp_path / "checkpoint.keras").read_bytes()
+
+    def fail(path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save()
+    assert (tmp_path / "checkpoint.keras").read_bytes() == before
+
+
+def test_attention_maps_show_the_weights_of_the_dense_layer(model):
+    maps = stf.callbacks.AttentionMaps("unused", tokens()[0], SHAPE, queries=[50])
+    maps.set_model(model)
+    found = model.attention_weights(tokens()[:1], [50])
+    assert len(found) == 2
+    for block, heads in zip(model.blocks, found, strict=True):
+        for head, rows in enumerate(heads):
+            keys, weights = rows[0]
+            np.testing.assert_array_equal(keys, block.attention.pattern.keys(50, head))
+            assert weights.sum() == pytest.approx(1, abs=1e-5)
+    assert maps.figure().shape[-1] == 3 and maps.connectivity().shape[-1] == 3
+
+
+def test_attention_picture_is_black_after_the_query_grey_where_it_does_not_look():
+    keys = np.array([0, 1, 2, 30])
+    picture = drawing.attention_picture(keys, np.array([0.1, 0.1, 0.1, 0.7]), 35, SHAPE, factor=1)
+    assert picture.shape == (4, 6, 3)
+    flat = picture.reshape(-1, 3)
+    assert (flat[14:] == 0).all() or (flat[18:] == 0).all()
+    assert (flat[5] == 70).all(), "pixel 5 holds none of the keys"
+    brightest = drawing.heat(np.array(1.0))
+    assert (flat[10] == brightest).all() or flat[10].sum() > flat[0].sum(), "the largest weight is the brightest"
+
+
+@pytest.mark.parametrize("pattern", [stf.patterns.Local(7), stf.patterns.Strided(5), stf.patterns.Fixed(6, 2)])
+def test_connectivity_picture_is_the_mask_where_a_pixel_is_a_position(pattern):
+    picture = drawing.connectivity_picture(pattern, 0, 40, size=40)
+    attended = (picture == (120, 170, 235)).all(-1) | (picture == (20, 60, 150)).all(-1)
+    np.testing.assert_array_equal(attended, pattern.mask(40))
+
+
+def test_grid_keeps_every_pixel():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+    picture = drawing.grid(images, columns=3, factor=2, gap=1)
+    assert picture.shape == (2 * 9 + 1, 3 * 9 + 1, 3)
+    np.testing.assert_array_equal(picture[10:18:2, 10:18:2], images[4])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(tokens=np.zeros(5)),
+        dict(tokens=np.zeros(LENGTH), queries=[LENGTH]),
+        dict(tokens=np.zeros(LENGTH), queries=[-1]),
+    ],
+)
+def test_attention_maps_refuse_what_does_not_fit(arguments):
+    with pytest.raises(ValueError, match="Received"):
+        stf.callbacks.AttentionMaps("unused", image_shape=SHAPE, **arguments)
+
+
+def test_checkpoint_refuses_another_ending():
+    with pytest.raises(ValueError, match="path"):
+        stf.callbacks.Checkpoint("model.h5")

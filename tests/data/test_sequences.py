@@ -1,0 +1,88 @@
+"""Batches, entropy, splits and the fallback's photographs."""
+
+import math
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from stf.data import batches, cifar10, order0_entropy, photographs
+
+SHARED = pathlib.Path(os.environ.get("STF_SHARED_DATA", pathlib.Path(__file__).parents[3] / "shared" / "data"))
+REAL = SHARED / "tfds" / "cifar10"
+
+
+def rows(dataset, count):
+    return np.concatenate([tokens.numpy() for tokens, _ in dataset.take(count)])
+
+
+def test_batches_are_tokens_twice_in_order_with_the_ragged_tail():
+    sequences = np.arange(35, dtype=np.uint8).reshape(7, 5)
+    seen = list(batches(sequences, 3))
+    assert [len(tokens) for tokens, _ in seen] == [3, 3, 1]
+    assert all((tokens.numpy() == targets.numpy()).all() for tokens, targets in seen)
+    assert (np.concatenate([tokens for tokens, _ in seen]) == sequences).all()
+
+
+def test_shuffled_batches_repeat_by_seed_and_resume_where_they_were():
+    sequences = np.arange(40, dtype=np.uint8).reshape(20, 2)
+    whole = rows(batches(sequences, 4, seed=5), 12)
+    assert (whole == rows(batches(sequences, 4, seed=5), 12)).all()
+    assert (whole[20:] == rows(batches(sequences, 4, seed=5, skip=5), 7)).all()
+    assert (np.sort(whole[:20, 0]) == sequences[:, 0]).all()
+    assert (whole[:20] != whole[20:40]).any(), "every epoch has an order of its own"
+
+
+@pytest.mark.parametrize("sequences, size", [(np.zeros((0, 4), np.uint8), 1), (np.zeros((3, 4), np.uint8), 0)])
+def test_batches_refuse_nothing(sequences, size):
+    with pytest.raises(ValueError, match="batch_size"):
+        batches(sequences, size)
+
+
+def test_order0_entropy():
+    assert order0_entropy(np.zeros(100, np.uint8)) == 0
+    assert order0_entropy(np.arange(256, dtype=np.uint8)) == pytest.approx(8)
+    quarter = np.array([0, 0, 0, 1], np.uint8)
+    assert order0_entropy(quarter) == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)))
+
+
+def test_split_is_the_released_one():
+    images = np.arange(50000)
+    train, validation = cifar10.split(images)
+    order = np.random.RandomState(11172018).permutation(50000)
+    assert (validation == order[:2000]).all() and (train == order[2000:]).all()
+    train, validation = cifar10.split(np.arange(5000))
+    assert len(train) == 4800 and len(validation) == 200
+    assert not set(train) & set(validation)
+
+
+def test_photographs_are_whole_squares_of_different_pictures():
+    import skimage.data
+
+    data = photographs.load()
+    assert "NOT CIFAR-10" in data.description
+    assert not set(photographs.TRAIN) & set(photographs.TEST) and not set(photographs.TRAIN) & set(
+        photographs.VALIDATION
+    )
+    for split in data[:3]:
+        assert split.dtype == np.uint8 and split.shape[1] == 3072 and len(split) > 100
+    rocket = skimage.data.rocket()
+    assert (data.test[1].reshape(32, 32, 3) == rocket[:32, 32:64]).all()
+
+
+def test_missing_data_set_is_named(tmp_path):
+    with pytest.raises(cifar10.NotAvailableError, match=str(tmp_path)):
+        cifar10.load(tmp_path, download=False)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs CIFAR-10 in ../shared/data (or STF_SHARED_DATA)")
+def test_real_images():
+    data = cifar10.load(SHARED / "tfds", download=False)
+    assert len(data.train) + len(data.validation) == 5085 and len(data.test) == 500
+    assert data.train.dtype == np.uint8 and data.train.shape[1] == 3072
+    assert 7.5 < order0_entropy(data.test) < 8
+    image = (
+        data.test[0].reshape(32, 32, 3).astype(int)
+    )  # neighbouring rows of a photograph are alike; a wrong order is not
+    assert np.abs(np.diff(image, axis=0)).mean() < 40

@@ -1,0 +1,161 @@
+"""The example as a user runs it: whole, interrupted, resumed, and its TensorBoard in a browser."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = [
+    "--num_blocks=1",
+    "--batch_size=2",
+    "--validation_images=2",
+    "--test_images=2",
+    "--samples=1",
+    "--warmup_steps=2",
+]
+
+
+def command(run_dir, *flags):
+    missing = run_dir.parent / "no_data"  # no data set there and none to be fetched: the photographs serve
+    return [
+        sys.executable,
+        ROOT / "examples" / "train_cifar10.py",
+        f"--run_dir={run_dir}",
+        f"--data_dir={missing}",
+        *TINY,
+        *flags,
+    ]
+
+
+def environment():
+    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "NO_GCE_CHECK": "true", "TFDS_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run that was killed without warning after its first checkpoint, and then resumed to the end."""
+    folder = tmp_path_factory.mktemp("example") / "run"
+    flags = ["--steps=6", "--epochs=3"]
+    with open(folder.parent / "first.txt", "w") as output:
+        process = subprocess.Popen(command(folder, *flags), stdout=output, stderr=subprocess.STDOUT, env=environment())
+        deadline = time.time() + 240
+        while not (folder / "checkpoint.keras").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    first = (folder.parent / "first.txt").read_text()
+    assert (folder / "checkpoint.keras").exists(), first
+    resumed = subprocess.run(
+        command(folder, *flags, "--resume"), capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    (folder / "output.txt").write_text(first + "\n--- resumed ---\n" + resumed.stdout)
+    return folder
+
+
+def test_photographs_are_said_to_be_no_cifar10(run_dir):
+    assert "NOT CIFAR-10" in (run_dir / "output.txt").read_text()
+
+
+def test_resumed_run_goes_on_from_the_checkpoint(run_dir):
+    resumed = (run_dir / "output.txt").read_text().split("--- resumed ---")[1]
+    step = int(re.search(r"resuming .* after step (\d+)", resumed).group(1))
+    assert step in (2, 4, 6)
+    if step < 6:
+        assert f"Epoch {step // 2 + 1}/3" in resumed and "Epoch 1/3" not in resumed
+
+
+def test_last_lines_say_what_came_out_and_where(run_dir):
+    text = (run_dir / "output.txt").read_text()
+    bits, entropy = map(float, re.search(r"test bits per dim: ([\d.]+) \(order-0 .*: ([\d.]+)\)", text).groups())
+    assert 0 < bits < 12 and 0 < entropy <= 8
+    for line in ("checkpoint: ", "TensorBoard: tensorboard --logdir=", "samples: ", "completions: "):
+        assert line in text
+    assert (run_dir / "samples.png").stat().st_size > 500 and (run_dir / "completions.png").stat().st_size > 500
+
+
+def browser():
+    from selenium import webdriver
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    assert found and driver, "this test needs a browser: apt-get install chromium chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = found
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1500,4000",
+    ):
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+def test_tensorboard_page_shows_the_pictures(run_dir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            f"--logdir={run_dir / 'log'}",
+            "--host=127.0.0.1",
+            f"--port={port}",
+            "--load_fast=false",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.time() + 90
+        while time.time() < deadline:
+            try:
+                tags = urllib.request.urlopen(f"{url}/data/plugin/images/tags", timeout=5).read().decode()
+                if all(tag in tags for tag in ("attention maps", "connectivity", "samples", "completions")):
+                    break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        page = browser()
+        try:
+            page.get(f"{url}/#images")
+            script = """
+                const found = [];
+                const visit = root => { for (const e of root.querySelectorAll('*')) {
+                    if (e.tagName === 'IMG' && e.naturalWidth > 20)
+                        found.push([e.src, e.naturalWidth, e.naturalHeight]);
+                    if (e.shadowRoot) visit(e.shadowRoot); } };
+                visit(document); return found;"""
+            images, deadline = [], time.time() + 90
+            while time.time() < deadline:
+                images = [image for image in page.execute_script(script) if "individualImage" in image[0]]
+                if len(images) >= 4:
+                    break
+                time.sleep(0.5)
+            page.save_screenshot(str(run_dir / "tensorboard.png"))
+        finally:
+            page.quit()
+    finally:
+        server.terminate()
+        server.wait()
+    assert len(images) >= 4, f"TensorBoard's page shows {images}"
+    assert all(width > 20 and height > 20 for _, width, height in images)
