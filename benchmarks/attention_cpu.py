@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -206,7 +205,8 @@ def ratios(rows):
         ratio = r["ms"] / ours[r["pattern"], r["shape"][2], r["pass"]]
         found.append({**{k: r[k] for k in ("pattern", "shape", "pass", "implementation")}, "times_faster": ratio})
         print(
-            f"{r['pattern'][:44]:44s} {r['shape'][2]:8,d} {r['pass']:17s} stf is {ratio:7.1f}x as fast as {r['implementation']}"
+            f"{r['pattern'][:44]:44s} {r['shape'][2]:8,d} {r['pass']:17s} "
+            f"stf is {ratio:7.1f}x as fast as {r['implementation']}"
         )
     return found
 
@@ -229,17 +229,22 @@ def growth(repeats):
     return {"points": [{"positions": n, "ms": 1e3 * s} for n, s in points], "exponent": exponent}
 
 
+def peak_bytes():
+    """Most memory that this process has held. (ru_maxrss would count what its parent held before exec.)"""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
 def run_once(positions):
     """Forward and backward of both strided heads over `positions`, in this process; peak bytes."""
     stride = round(math.sqrt(positions))
     arrays = inputs(positions)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes()
     call = passes(lambda q, k, v: stf.ops.attention(q, k, v, PerHead([Local(stride), Strided(stride)])), *arrays)[1]
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"positions": positions, "seconds": seconds, "peak_bytes": peak, "before_bytes": before}
+    return {"positions": positions, "seconds": seconds, "peak_bytes": peak_bytes(), "before_bytes": before}
 
 
 def child(positions):
@@ -248,8 +253,8 @@ def child(positions):
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     result = json.loads(lines[-1])
     print(
-        f"n={positions:,}: {result['seconds']:.2f} s forward+backward, peak {result['peak_bytes'] / 2**30:.2f} GiB of the process"
-        f" ({result['before_bytes'] / 2**30:.2f} GiB before the call: TensorFlow and the inputs)"
+        f"n={positions:,}: {result['seconds']:.2f} s forward+backward, peak {result['peak_bytes'] / 2**30:.2f} GiB "
+        f"of the process ({result['before_bytes'] / 2**30:.2f} GiB before the call: TensorFlow and the inputs)"
     )
     return result
 
@@ -262,7 +267,8 @@ def main(_):
         return
     matmul, copy = rates(config.repeats)
     print(
-        f"matmul 2048^3: {matmul['float32'] / 1e9:.0f} GFLOP/s float32, {matmul['bfloat16'] / 1e9:.0f} bfloat16; copy {copy / 1e9:.1f} GB/s"
+        f"matmul 2048^3: {matmul['float32'] / 1e9:.0f} GFLOP/s float32, {matmul['bfloat16'] / 1e9:.0f} bfloat16; "
+        f"copy {copy / 1e9:.1f} GB/s"
     )
     cases = [(Causal(), 3072)]
     for n in (3072, 12288):

@@ -38,10 +38,10 @@ typedef struct {
   float scale;                      // scores are scale * (query . key)
   // Head h runs program h mod programs: components[program_begin[p]] ... components[program_begin[p + 1] - 1].
   int32_t programs;
-  const int32_t* program_begin;     // [programs + 1]
+  const int32_t* program_begin;  // [programs + 1]
   const stf_component* components;
-  const uint8_t* layouts;           // bits of all block layouts, row-major, least significant bit first; may be null
-  const int32_t* lengths;           // [B] positions in use of each sequence, or null: all are. Rows past it give 0 and -infinity.
+  const uint8_t* layouts;  // bits of all block layouts, row-major, least significant bit first; may be null
+  const int32_t* lengths;  // [B] positions in use of each sequence, or null: all are. Rows past it give 0 and -infinity.
 } stf_problem;
 
 // A [B, T, H, D] tensor: strides in elements, depth contiguous.

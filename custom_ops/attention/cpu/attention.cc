@@ -25,8 +25,8 @@ const Kernels& ChooseKernels() {
   const bool generic = asked && strcmp(asked, "generic") == 0, avx2 = asked && strcmp(asked, "avx2") == 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!generic && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  if (!generic && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
     return kAvx512Kernels;
   if (!generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return kAvx2Kernels;
 #endif
@@ -126,9 +126,7 @@ bool Backward(const Kernels& kernels, const Arguments& args, const Schedule& sch
     Memory<int64_t> progress = Allocate<int64_t>(phase.progress * sizeof(int64_t));
     if (!progress) return false;
     memset(progress.get(), 0, phase.progress * sizeof(int64_t));
-    auto body = [&](int64_t index, char* memory) {
-      kernels.backward(args, schedule.ItemAt(phase, index, false, progress.get()), memory);
-    };
+    auto body = [&](int64_t index, char* memory) { kernels.backward(args, schedule.ItemAt(phase, index, false, progress.get()), memory); };
     if (!ForEach(parallel, phase.items, Chunk(schedule), scratch, body)) return false;
   }
   return true;
@@ -178,9 +176,11 @@ int stf_attention_cpu_backward(const stf_problem* problem, const stf_tensor* que
   try {
     const Schedule schedule(p);
     const Kernels& kernels = ActiveKernels();
-    Arguments args = {problem,        *query,       *key,          *value,     *output,     const_cast<float*>(log_sum_exp), {},
-                      *output_grad,   log_sum_exp_grad, *query_grad, *key_grad, *value_grad, *query_grad,
-                      *key_grad,      *value_grad};
+    Arguments args = {problem,     *query,       *key,
+                      *value,      *output,      const_cast<float*>(log_sum_exp),
+                      {},          *output_grad, log_sum_exp_grad,
+                      *query_grad, *key_grad,    *value_grad,
+                      *query_grad, *key_grad,    *value_grad};
     Memory<float> query_sum, key_sum, value_sum;
     if (p.dtype != STF_FLOAT32) {
       const bool groups = schedule.phases().size() > 1, shared = groups || !schedule.whole_only();

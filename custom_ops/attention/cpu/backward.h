@@ -17,7 +17,7 @@ namespace STF_ISA {
 
 struct BackwardScratch {
   float *query_rows, *query, *grad_rows, *grad;  // Q and dO of the tile, as read and transposed
-  float *query_grad;                             // [kLanes, key_depth]
+  float* query_grad;                             // [kLanes, key_depth]
   float *scores, *score_grads;                   // [kKeys, kLanes]
   float *log_sum_exp, *delta, *row;
   KeyReader keys;
@@ -168,8 +168,7 @@ inline void WriteKeyGradients(const Arguments& args, const Item& item, const Vie
   const stf_problem& p = *args.problem;
   for (int64_t m = 0; m < view.count; m++) {
     WriteGradient(args, item, args.key_sum, args.key_grad, view.Position(m), p.key_depth, s.key_grad + m * Padded(p.key_depth));
-    WriteGradient(args, item, args.value_sum, args.value_grad, view.Position(m), p.value_depth,
-                  s.value_grad + m * Padded(p.value_depth));
+    WriteGradient(args, item, args.value_sum, args.value_grad, view.Position(m), p.value_depth, s.value_grad + m * Padded(p.value_depth));
   }
 }
 

@@ -14,8 +14,8 @@ namespace STF_ISA {
 
 struct ForwardScratch {
   float *query_rows, *query;  // [kLanes, depth] as read; [depth, kLanes] transposed and scaled
-  float *output;              // [kLanes, value_depth]
-  float *scores;              // [kKeys, kLanes]
+  float* output;              // [kLanes, value_depth]
+  float* scores;              // [kKeys, kLanes]
   KeyReader keys;
   size_t bytes;
 

@@ -17,11 +17,11 @@ constexpr int kGroup = 16;  // granularity, in lanes and in keys, at which maske
 // Components of one head that share their queries' sequences, so that one online softmax serves them all: either every component that
 // runs over plain positions, or a single strided one.
 struct Group {
-  const stf_component* program;   // the head's first component: what `exclude` bits count from
-  const int32_t* members;         // indices into `program`
+  const stf_component* program;  // the head's first component: what `exclude` bits count from
+  const int32_t* members;        // indices into `program`
   int count;
-  int64_t stride;                 // query m of sequence r stands at position r + m * stride
-  bool first;                     // the head's first group: it writes where later ones add
+  int64_t stride;  // query m of sequence r stands at position r + m * stride
+  bool first;      // the head's first group: it writes where later ones add
   bool last;
 };
 
@@ -30,7 +30,7 @@ struct Item {
   int64_t batch, head, sequence;
   int64_t tile_begin, tile_end;
   const Group* group;
-  bool whole;         // the whole sequence: keys and their gradients are kept in the worker's scratch
+  bool whole;  // the whole sequence: keys and their gradients are kept in the worker's scratch
   // Backward, unless whole. For each tile of the sequence, the first key position that it may still add to; then, in one more element,
   // a number of tiles that are done from the first on.
   int64_t* progress;
@@ -66,7 +66,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-constexpr int64_t kDone = INT64_MAX;  // the progress of a tile that adds nothing any more
+constexpr int64_t kDone = INT64_MAX;   // the progress of a tile that adds nothing any more
 constexpr int64_t kWholeLimit = 2048;  // the longest sequence that is worked on whole
 
 void Yield();  // gives the processor to another thread while waiting for a turn

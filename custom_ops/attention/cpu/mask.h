@@ -156,14 +156,14 @@ struct Strip {
 struct SegmentMask {
   Strip strips[kKeys / kGroup];
   int strip_count;
-  bool cut[kKeys / kGroup];              // whether the 16 keys need the mask
-  int32_t low[kLanes], high[kLanes];     // each lane's interval, counted from the segment's begin
-  bool excludes;                         // whether `left_out` matters
-  uint64_t left_out[kKeys];              // a bit for each lane: pairs of an earlier component
+  bool cut[kKeys / kGroup];           // whether the 16 keys need the mask
+  int32_t low[kLanes], high[kLanes];  // each lane's interval, counted from the segment's begin
+  bool excludes;                      // whether `left_out` matters
+  uint64_t left_out[kKeys];           // a bit for each lane: pairs of an earlier component
 };
 
-inline void FindExcluded(const stf_problem& problem, const Group& group, const View& view, int64_t first, int lanes,
-                         const Segment& segment, SegmentMask* mask) {
+inline void FindExcluded(const stf_problem& problem, const Group& group, const View& view, int64_t first, int lanes, const Segment& segment,
+                         SegmentMask* mask) {
   const stf_component& c = *segment.component;
   mask->excludes = false;
   const int64_t i0 = view.Position(first), i1 = view.Position(first + lanes - 1);

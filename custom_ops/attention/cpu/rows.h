@@ -72,11 +72,9 @@ inline void ReadRow(const void* from, int32_t dtype, int64_t depth, float* to) {
   } else {
     const uint16_t* x = static_cast<const uint16_t*>(from);
 #if defined(__AVX512F__)
-    for (; i + 16 <= depth; i += 16)
-      _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+    for (; i + 16 <= depth; i += 16) _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
 #elif defined(__F16C__)
-    for (; i + 8 <= depth; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+    for (; i + 8 <= depth; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
 #endif
     for (; i < depth; i++) to[i] = Float16ToFloat(x[i]);
   }
@@ -137,8 +135,8 @@ inline void PrefetchNext(const char* row, int64_t bytes) {
 }
 
 inline char* Element(const stf_tensor& tensor, int32_t dtype, int64_t batch, int64_t position, int64_t head) {
-  return static_cast<char*>(tensor.data) + ElementSize(dtype) * (batch * tensor.batch_stride + position * tensor.position_stride +
-                                                                 head * tensor.head_stride);
+  return static_cast<char*>(tensor.data) +
+         ElementSize(dtype) * (batch * tensor.batch_stride + position * tensor.position_stride + head * tensor.head_stride);
 }
 
 }  // namespace STF_ISA

@@ -31,8 +31,8 @@ Schedule::Schedule(const stf_problem& problem) : problem_(problem) {
       members_.push_back(parts[g]);
       const std::vector<int32_t>& members = members_.back();
       const bool strided = !members.empty() && program[members[0]].kind == STF_STRIDED;
-      groups.push_back({program, members.data(), static_cast<int>(members.size()), strided ? program[members[0]].a : 1, g == 0,
-                        g + 1 == parts.size()});
+      groups.push_back(
+          {program, members.data(), static_cast<int>(members.size()), strided ? program[members[0]].a : 1, g == 0, g + 1 == parts.size()});
     }
     depth = std::max(depth, groups.size());
     programs_.push_back(std::move(groups));

@@ -49,9 +49,7 @@ inline __attribute__((always_inline)) IntVec LoadInt(const int32_t* from) {
 
 #if defined(__AVX512F__)
 inline __attribute__((always_inline)) Vec Broadcast(float x) { return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-inline __attribute__((always_inline)) IntVec BroadcastInt(int32_t x) {
-  return IntVec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-}
+inline __attribute__((always_inline)) IntVec BroadcastInt(int32_t x) { return IntVec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 #elif defined(__AVX2__)
 inline __attribute__((always_inline)) Vec Broadcast(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 inline __attribute__((always_inline)) IntVec BroadcastInt(int32_t x) { return IntVec{x, x, x, x, x, x, x, x}; }

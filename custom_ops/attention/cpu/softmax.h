@@ -25,9 +25,7 @@ struct SoftmaxState {
   }
 };
 
-inline bool Touches(const Strip& strip, int lane) {
-  return strip.group_begin * kGroup <= lane && lane < strip.group_end * kGroup;
-}
+inline bool Touches(const Strip& strip, int lane) { return strip.group_begin * kGroup <= lane && lane < strip.group_end * kGroup; }
 
 // Turns the scores of a segment into weights relative to the new top. True where any lane's earlier sums must be rescaled.
 inline bool OnlineSoftmax(const SegmentMask& mask, int lanes, float* scores, SoftmaxState* state) {

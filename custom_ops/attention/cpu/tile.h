@@ -74,8 +74,8 @@ struct KeyReader {
     if (whole) return {key + segment.begin * key_row, value + segment.begin * value_row, key_row, value_row};
     if (p.dtype == STF_FLOAT32 && p.key_depth == key_row && p.value_depth == value_row && view.step == 1 && c.kind != STF_SUMMARY) {
       return {reinterpret_cast<const float*>(Element(args.key, p.dtype, item.batch, segment.begin, item.head)),
-              reinterpret_cast<const float*>(Element(args.value, p.dtype, item.batch, segment.begin, item.head)),
-              args.key.position_stride, args.value.position_stride};
+              reinterpret_cast<const float*>(Element(args.value, p.dtype, item.batch, segment.begin, item.head)), args.key.position_stride,
+              args.value.position_stride};
     }
     Read(args, item, c, view, segment.begin, segment.count);
     return {key, value, key_row, value_row};
