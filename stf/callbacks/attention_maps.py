@@ -83,8 +83,8 @@ class AttentionMaps(keras.callbacks.Callback):
         """Writes both figures now."""
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=int(self.model.optimizer.iterations)):
-            tf.summary.image("attention maps", self.figure()[None])
-            tf.summary.image("connectivity", self.connectivity()[None])
+            tf.summary.image("images/attention maps", self.figure()[None])
+            tf.summary.image("images/connectivity", self.connectivity()[None])
         writer.close()
         self._step = int(self.model.optimizer.iterations)
 

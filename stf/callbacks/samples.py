@@ -40,10 +40,13 @@ class Samples(keras.callbacks.Callback):
         return tokens.astype(np.uint8).reshape(-1, *self.image_shape)
 
     def write(self, name, images, columns=None):
-        """Writes images `[count, rows, columns, channels]` to the log, as a grid of so many columns."""
+        """Writes images `[count, rows, columns, channels]` to the log, as a grid of so many columns.
+
+        All pictures share the group `images`, since TensorBoard unfolds only the first groups of its page.
+        """
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=int(self.model.optimizer.iterations)):
-            tf.summary.image(name, grid(images, columns)[None])
+            tf.summary.image(f"images/{name}", grid(images, columns)[None])
         writer.close()
 
     def on_epoch_end(self, epoch, logs=None):

@@ -46,9 +46,9 @@ def test_scalars_pictures_and_checkpoint_of_a_run(model, tmp_path):
         "train/learning_rate",
         "train/gradient_norm",
         "validation/bits_per_dim",
-        "attention maps",
-        "connectivity",
-        "samples",
+        "images/attention maps",
+        "images/connectivity",
+        "images/samples",
     } <= names
     norms = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("train/gradient_norm")]
     assert len(norms) == 2 and min(norms) > 0
