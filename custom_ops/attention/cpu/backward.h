@@ -94,7 +94,7 @@ inline void AddKeyGradients(const Arguments& args, const Item& item, const View&
   }
 }
 
-// log_sum_exp in units of log 2, and delta, of the tile's lanes. Lanes without a query, or whose query has no key, get a weight of 2^-126
+// log_sum_exp and delta of the tile's lanes. Lanes without a query, or whose query has no key, get a weight of 2^-126
 // that meets only zeros or a mask.
 inline void ReadStatistics(const Arguments& args, const Item& item, const View& view, int64_t first, int lanes, const BackwardScratch& s) {
   const stf_problem& p = *args.problem;
@@ -104,7 +104,7 @@ inline void ReadStatistics(const Arguments& args, const Item& item, const View& 
   for (int lane = 0; lane < lanes; lane++) {
     const int64_t position = view.Position(first + lane);
     const int64_t statistic = (item.batch * p.heads + item.head) * p.positions + position;
-    if (args.log_sum_exp[statistic] != -__builtin_inff()) s.log_sum_exp[lane] = args.log_sum_exp[statistic] * kLog2E;
+    if (args.log_sum_exp[statistic] != -__builtin_inff()) s.log_sum_exp[lane] = args.log_sum_exp[statistic];
     const char* from = Element(args.output, p.dtype, item.batch, position, item.head);
     if (item.whole) PrefetchNext(from, p.value_depth * ElementSize(p.dtype));
     ReadRow(from, p.dtype, p.value_depth, s.row);
@@ -142,7 +142,7 @@ inline void BackwardTile(const Arguments& args, const Item& item, const View& vi
   const int64_t first = tile * kLanes, key_row = Padded(p.key_depth);
   ReadQueries(args, item, view, first, lanes, args.query, p.key_depth, s.query_rows);
   ReadQueries(args, item, view, first, lanes, args.output_grad, p.value_depth, s.grad_rows);
-  Transpose(s.query_rows, lanes, p.key_depth, p.scale * kLog2E, s.query);
+  Transpose(s.query_rows, lanes, p.key_depth, p.scale, s.query);
   Transpose(s.grad_rows, lanes, p.value_depth, 1, s.grad);
   ReadStatistics(args, item, view, first, lanes, s);
   Fill(s.query_grad, lanes * key_row, 0);

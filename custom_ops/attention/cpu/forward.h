@@ -64,7 +64,7 @@ inline void Continue(const Arguments& args, const Item& item, const View& view, 
     const int64_t position = view.Position(first + lane);
     const float log_sum_exp = args.log_sum_exp[(item.batch * p.heads + item.head) * p.positions + position];
     ReadRow(Element(args.partial, STF_FLOAT32, item.batch, position, item.head), STF_FLOAT32, p.value_depth, output + lane * row);
-    state->top[lane] = log_sum_exp * kLog2E;
+    state->top[lane] = log_sum_exp;
     state->sum[lane] = log_sum_exp == -__builtin_inff() ? 0.0f : 1.0f;
   }
 }
@@ -86,7 +86,7 @@ inline void WriteOutput(const Arguments& args, const Item& item, const View& vie
     if (item.whole) PrefetchNext(row_to, p.value_depth * ElementSize(dtype));
     WriteRow(x, dtype, p.value_depth, row_to);
     args.log_sum_exp[(item.batch * p.heads + item.head) * p.positions + position] =
-        sum == 0 ? -__builtin_inff() : (state.top[lane] + __builtin_log2f(sum)) * kLn2;
+        sum == 0 ? -__builtin_inff() : state.top[lane] + __builtin_logf(sum);
   }
 }
 
@@ -94,7 +94,7 @@ inline void ForwardTile(const Arguments& args, const Item& item, const View& vie
   const stf_problem& p = *args.problem;
   const int64_t value_row = Padded(p.value_depth);
   ReadQueries(args, item, view, first, lanes, args.query, p.key_depth, s.query_rows);
-  Transpose(s.query_rows, lanes, p.key_depth, p.scale * kLog2E, s.query);
+  Transpose(s.query_rows, lanes, p.key_depth, p.scale, s.query);
 
   SoftmaxState state;
   state.Clear();

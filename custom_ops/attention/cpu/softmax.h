@@ -1,5 +1,6 @@
-// Softmax over the keys of a tile, online (one segment after another) and, with the log-sum-exp known, its gradient. Scores come in
-// units of log 2, so that 2^x serves.
+// Softmax over the keys of a tile, online (one segment after another) and, with the log-sum-exp known, its gradient. Differences of
+// scores are small where their weights matter, so that they, not the scores, are turned into powers of 2: large scores keep their last
+// bits.
 #ifndef STF_CUSTOM_OPS_ATTENTION_CPU_SOFTMAX_H_
 #define STF_CUSTOM_OPS_ATTENTION_CPU_SOFTMAX_H_
 
@@ -9,10 +10,9 @@ namespace stf {
 namespace cpu {
 namespace STF_ISA {
 
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
+inline __attribute__((always_inline)) Vec Exp(Vec x) { return Exp2(x * Broadcast(1.44269504088896341f)); }
 
-// Of each lane: the largest score so far, the sum of 2^(score - top), and what the last segment multiplied earlier sums by.
+// Of each lane: the largest score so far, the sum of exp(score - top), and what the last segment multiplied earlier sums by.
 struct SoftmaxState {
   alignas(64) float top[kLanes], sum[kLanes], rescale[kLanes];
 
@@ -46,13 +46,13 @@ inline bool OnlineSoftmax(const SegmentMask& mask, int lanes, float* scores, Sof
       }
     }
     const Vec base = top == nothing ? Vec{} : top;
-    const Vec factor = old_top == top ? Broadcast(1.0f) : Exp2(old_top - base);
+    const Vec factor = old_top == top ? Broadcast(1.0f) : Exp(old_top - base);
     Vec sum = Load(state->sum + lane) * factor;
     for (int i = 0; i < mask.strip_count; i++) {
       if (!Touches(mask.strips[i], lane)) continue;
       for (int t = mask.strips[i].begin; t < mask.strips[i].end; t++) {
         const Vec x = Load(scores + t * kLanes + lane);
-        Vec weight = Exp2(x - base);
+        Vec weight = Exp(x - base);
         if (mask.cut[t / kGroup]) weight = x == nothing ? Vec{} : weight;
         Store(scores + t * kLanes + lane, weight);
         sum += weight;
@@ -66,7 +66,7 @@ inline bool OnlineSoftmax(const SegmentMask& mask, int lanes, float* scores, Sof
   return rescale;
 }
 
-// Backward: scores to weights P = 2^(score - lse), and `grads`, the dot products of dO and V, to dS = P (grads - delta) scale.
+// Backward: scores to weights P = exp(score - lse), and `grads`, the dot products of dO and V, to dS = P (grads - delta) scale.
 inline void SoftmaxGradient(const SegmentMask& mask, int lanes, float scale, const float* log_sum_exp, const float* delta, float* scores,
                             float* grads) {
   const Vec factor = Broadcast(scale);
@@ -76,7 +76,7 @@ inline void SoftmaxGradient(const SegmentMask& mask, int lanes, float scale, con
       if (!Touches(mask.strips[i], lane)) continue;
       for (int t = mask.strips[i].begin; t < mask.strips[i].end; t++) {
         float *score = scores + t * kLanes + lane, *grad = grads + t * kLanes + lane;
-        Vec weight = Exp2(Load(score) - base);
+        Vec weight = Exp(Load(score) - base);
         Vec score_grad = weight * (Load(grad) - shift) * factor;
         if (mask.cut[t / kGroup]) {
           const IntVec allowed = Allowed(mask, t, lane);
