@@ -1,0 +1,143 @@
+"""Attention and its gradient in NumPy, written out from the formulas: what the op is held against.
+
+It takes a mask `[head, position, position]` (from tests/paper_sets.py) and knows nothing of stf. In float64 it is
+the truth.
+In float32, with its results rounded to the op's dtype as the op rounds them, it is the same maths done densely,
+whose own
+error is the yardstick for the op's (see `error_budgets`).
+"""
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+ULPS = 4  # of float32, of the terms that a result is summed from
+
+
+class Results(NamedTuple):
+    """What attention gives, and the gradients of sum(output * output_grad) + sum(log_sum_exp * log_sum_exp_grad)."""
+
+    output: np.ndarray
+    log_sum_exp: np.ndarray
+    query_grad: np.ndarray
+    key_grad: np.ndarray
+    value_grad: np.ndarray
+
+
+class Inputs(NamedTuple):
+    """All that attention and its gradient read, in the op's dtype (the log-sum-exp's gradient in float32)."""
+
+    query: np.ndarray  # [batch, position, head, key_depth], as is the key
+    key: np.ndarray
+    value: np.ndarray  # [batch, position, head, value_depth], as is the output
+    output_grad: np.ndarray
+    log_sum_exp_grad: np.ndarray  # [batch, head, position]
+    lengths: np.ndarray | None  # [batch]
+    scale: float
+
+
+def random_inputs(seed, batch, positions, heads, key_depth, value_depth, dtype="float32", lengths=None, scale=None):
+    """Inputs from a seed: normal, in the dtype. Padding holds them too; what it holds must not matter."""
+    random = np.random.default_rng(seed)
+    of = DTYPES[dtype]
+    shapes = [(batch, positions, heads, depth) for depth in (key_depth, key_depth, value_depth, value_depth)]
+    query, key, value, output_grad = (random.standard_normal(shape, np.float32).astype(of) for shape in shapes)
+    log_sum_exp_grad = random.standard_normal((batch, heads, positions), np.float32)
+    lengths = None if lengths is None else np.array(lengths, np.int32)
+    scale = float(np.float32(1 / max(key_depth, 1) ** 0.5 if scale is None else scale))
+    return Inputs(query, key, value, output_grad, log_sum_exp_grad, lengths, scale)
+
+
+def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
+    """Attention over the pairs of `mask` and its gradients, and the size of the terms that each is summed from.
+
+    Args:
+        inputs: `Inputs`.
+        mask: bool `[head, position, position]`, query by key.
+        precision: dtype of the arithmetic.
+        rounded: what happens to every result but the log-sum-exp before it is stored.
+
+    Returns:
+        `Results`, and `Results` of the largest magnitude of terms behind each.
+    """
+    q, k, v, d_out = (np.einsum("bihd->bhid", x.astype(precision)) for x in inputs[:4])
+    d_lse = inputs.log_sum_exp_grad.astype(precision)[..., None]
+    batch, _, positions, _ = q.shape
+    allowed = np.broadcast_to(mask, (batch, *mask.shape))
+    if inputs.lengths is not None:
+        used = np.arange(positions) < inputs.lengths[:, None]
+        allowed = allowed & used[:, None, :, None] & used[:, None, None, :]
+    scale = precision(inputs.scale)
+    some = allowed.any(-1, keepdims=True)
+
+    scores = np.where(allowed, scale * (q @ k.swapaxes(-1, -2)), -np.inf)
+    top = np.where(some, scores.max(-1, keepdims=True, initial=-np.inf), 0)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = np.where(some, np.log(total) + top, -np.inf)
+    out = rounded((weights / np.where(some, total, 1)) @ v)
+
+    p = np.exp(scores - np.where(some, lse, 0))  # from what forward stored, as in any backward of linear memory
+    d_lse = np.where(some, d_lse, 0)
+    d_p, delta = d_out @ v.swapaxes(-1, -2), (d_out * out).sum(-1, keepdims=True)
+    d_s = p * (d_p - delta + d_lse)
+    results = Results(
+        out,
+        lse,
+        rounded(scale * (d_s @ k)),
+        rounded(scale * (d_s.swapaxes(-1, -2) @ q)),
+        rounded(p.swapaxes(-1, -2) @ d_out),
+    )
+
+    terms = p * (abs(d_out) @ abs(v).swapaxes(-1, -2) + (abs(d_out) * abs(out)).sum(-1, keepdims=True) + abs(d_lse))
+    sizes = Results(
+        p @ abs(v),
+        np.where(some, abs(scale) * (abs(q) @ abs(k).swapaxes(-1, -2)).max(-1, keepdims=True, initial=0) + abs(lse), 0),
+        abs(scale) * (terms @ abs(k)),
+        abs(scale) * (terms.swapaxes(-1, -2) @ abs(q)),
+        p.swapaxes(-1, -2) @ abs(d_out),
+    )
+    return _op_layout(results), Results(*(float(x.max(initial=0)) for x in sizes))
+
+
+def _op_layout(results):
+    out, lse, *grads = results
+    out, *grads = (np.einsum("bhid->bihd", x) for x in (out, *grads))
+    return Results(out, lse[..., 0], *grads)
+
+
+def largest_errors(results, truth):
+    """max |result - truth| of each; where the truth is infinite, the result must be the same infinity."""
+    errors = []
+    for name, result, true in zip(Results._fields, results, truth, strict=True):
+        result = result.astype(np.float64)
+        assert result.shape == true.shape, name
+        np.testing.assert_array_equal(np.isfinite(result), np.isfinite(true), err_msg=name)
+        np.testing.assert_array_equal(result[~np.isfinite(true)], true[~np.isfinite(true)], err_msg=name)
+        finite = np.isfinite(true)
+        errors.append(float(abs(result[finite] - true[finite]).max(initial=0)))
+    return Results(*errors)
+
+
+def error_budgets(inputs, mask):
+    """The truth, and how far the op may be from it: measured, not chosen.
+
+    The yardstick is the error of the same maths done densely: `attention` in float32, each result (and the output
+    before
+    the gradients use it) rounded to the inputs' dtype. The op may be wrong by twice that, plus one rounding of the
+    largest result to the dtype and `ULPS` float32 roundings of the largest sum of terms: the order of a sum differs
+    from the yardstick's, and on tiny problems the yardstick may happen to be exact.
+    """
+    dtype = inputs.query.dtype
+    truth, sizes = attention(inputs, mask)
+    dense, _ = attention(inputs, mask, np.float32, lambda x: x.astype(dtype).astype(np.float32))
+    yardstick = largest_errors(dense, truth)
+    budgets = []
+    for name, error, true, size in zip(Results._fields, yardstick, truth, sizes, strict=True):
+        largest = abs(true[np.isfinite(true)]).max(initial=0)
+        rounding = 2.0**-24 if name == "log_sum_exp" else float(ml_dtypes.finfo(dtype).eps) / 2
+        budgets.append(2 * error + rounding * largest + ULPS * 2.0**-24 * size)
+    return truth, Results(*budgets)
