@@ -8,8 +8,8 @@ class Decoder:
     """Runs a `SparseTransformer` one position at a time, keeping each block's keys and values.
 
     A step reads of the cache only the keys that the pattern gives the position: for strided attention
-    about l + n/l of n. Its logits equal those of the whole sequence up to rounding; scores and softmax
-    are in float32, and under a half-precision policy so are the cached keys and values.
+    about l + n/l of n. Its logits equal those of the whole sequence up to rounding. Queries, keys, values and
+    softmax are in float32 under every policy (Section 5.5).
 
     Args:
         model: a built `SparseTransformer`.
@@ -48,12 +48,27 @@ class Decoder:
 
     def _run(self, token, position, tables):
         model = self.model
-        previous = model.token_embedding(token[:, None]) + model.position_embedding.at(tf.maximum(position - 1, 0))
-        start = tf.cast(tf.convert_to_tensor(model.start_shift.start), previous.dtype)
-        x = tf.where(position > 0, previous, start)
+        x = model.embedding.step(token, position)
         for block, cache, which in zip(model.blocks, self._caches, self._which, strict=True):
-            x = block.decode(x, cache, position, tables[which])
+            x += self._attend(block.attention, block.attention_norm(x), cache, position, tables[which])
+            x += block.feed_forward(block.feed_forward_norm(x))
         return tf.cast(model.logits(model.final_norm(x)), tf.float32)[:, 0]
+
+    @staticmethod
+    def _attend(attention, x, cache, position, keys):
+        """Attention of the query at `position`, whose key and value the cache takes first."""
+        query, key, value = (tf.cast(projected[:, 0], tf.float32) for projected in attention.project(x))
+        key_cache, value_cache = cache  # [head, position, batch, depth]
+        key_cache[:, position].assign(tf.transpose(key, [1, 0, 2]))
+        value_cache[:, position].assign(tf.transpose(value, [1, 0, 2]))
+        index = tf.maximum(keys, 0)
+        key = tf.gather(tf.convert_to_tensor(key_cache), index, axis=1, batch_dims=1)
+        value = tf.gather(tf.convert_to_tensor(value_cache), index, axis=1, batch_dims=1)
+        scores = tf.einsum("bhd,hkbd->bhk", query, key) / attention.key_dim**0.5
+        valid = (keys >= 0)[None]
+        weights = tf.where(valid, tf.nn.softmax(tf.where(valid, scores, -1e30)), 0)
+        heads = tf.einsum("bhk,hkbd->bhd", weights, value)
+        return attention.combine(tf.cast(heads[:, None], attention.compute_dtype))
 
     def step(self, token, position):
         """Logits `[batch, vocab_size]` of the token at `position`.

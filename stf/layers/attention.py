@@ -1,59 +1,68 @@
-"""Multi-head attention over sparse patterns, in the manner of `keras.layers.MultiHeadAttention`."""
+"""Multi-head self-attention over any sparse pattern."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from stf import ops, patterns
+from stf.layers.initialization import seeded
+from stf.layers.padding import lengths_of
 from stf.ops.reference import pattern_mask, reference_weights
-
-if keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        "stf's layers run on Keras' TensorFlow backend: set KERAS_BACKEND=tensorflow. "
-        f"Received: {keras.backend.backend()!r}"
-    )
-
-_REGULARIZED = ("kernel_regularizer", "bias_regularizer")
-_CONSTRAINED = ("kernel_constraint", "bias_constraint")
 
 
 @keras.saving.register_keras_serializable(package="stf")
 class SparseAttention(keras.layers.Layer):
-    """Causal multi-head attention over any pattern (Child et al. 2019, Eqs. 2-8).
+    """Causal multi-head self-attention in which each query reads the keys of a pattern.
 
-    Drops in where `keras.layers.MultiHeadAttention` stood with `use_causal_mask=True`. Queries, keys and
-    values are projected to heads, attend over the pattern's pairs alone (time grows with the pattern,
-    memory with the length), and the heads' outputs are projected together.
+    Drops in where `keras.layers.MultiHeadAttention` stood in a causal model: the arguments, the
+    projections and their variables are the same, and `layer(x)` means `layer(x, x)`. Time grows
+    with the pattern's pairs, memory with the length (Child et al. 2019, Section 4.2, Eqs. 2-8).
+    There is no dropout inside attention (Section 5.4). In float64, and where the scores are asked
+    for, attention is dense, for short sequences.
 
     Example:
-        >>> layer = stf.layers.SparseAttention(num_heads=8, key_dim=64, pattern=stf.patterns.Local(128))
-        >>> layer(keras.random.normal((2, 1024, 512))).shape
-        TensorShape([2, 1024, 512])
+
+    >>> layer = SparseAttention(num_heads=2, key_dim=16, pattern=stf.patterns.Local(32))
+    >>> layer(tf.zeros([1, 1024, 64])).shape
+    TensorShape([1, 1024, 64])
 
     Args:
         num_heads: number of heads.
-        key_dim: depth of a head's queries and keys.
-        pattern: a `stf.patterns.Pattern`, or what `stf.patterns.serialize` made of one.
-        value_dim: depth of a head's values; `key_dim` unless given.
-        use_bias: whether the four projections have biases.
-        output_shape: last dimension of the result, an integer; the query's unless given.
-        kernel_initializer: of the projections' kernels.
-        bias_initializer: of their biases.
+        key_dim: depth of each head's query and key.
+        pattern: a `stf.patterns.Pattern`, or its config.
+        value_dim: depth of each head's value; `key_dim` unless given.
+        use_bias: whether the four projections add a bias.
+        output_shape: shape of an output beside batch and position, an int or a tuple; the last
+            axis of the query unless given.
+        kernel_initializer: of the kernels.
+        bias_initializer: of the biases.
         output_initializer: of the output projection's kernel; `kernel_initializer` unless given.
-        kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint:
-            as in `keras.layers.MultiHeadAttention`.
+        kernel_regularizer: of the kernels.
+        bias_regularizer: of the biases.
+        activity_regularizer: of the layer's output.
+        kernel_constraint: of the kernels.
+        bias_constraint: of the biases.
+        seed: int that fixes the kernels' random initial values, each kernel its own; None leaves
+            the initializers as they are.
 
     Call arguments:
-        query: `[batch, position, dim]`.
-        value: like `query`, the source of the values; the query unless given.
-        key: the source of the keys; the value unless given.
-        lengths: integers `[batch]`, positions in use of each sequence. A Keras mask on the query that
-            pads on the right counts as well.
-        return_attention_scores: also return the weights `[batch, head, position, position]`, computed
-            densely: for short sequences.
+        query: `[batch, position, width]`.
+        value: like `query` with a width of its own; `query` unless given.
+        key: like `value`; `value` unless given.
+        lengths: integers `[batch]`, positions in use (padding is on the right), or None for all.
+            Without them a Keras mask of the query is taken, which must be of that kind.
+        query_mask: bool `[batch, position]`, Keras' mask of the query.
+        mask: the same; Keras gives either name.
+        return_attention_scores: also return the scores, for short sequences of static length.
+        training: not used.
+        use_causal_mask: True, as every pattern is causal.
 
     Returns:
-        `[batch, position, output_shape]`, and the weights where they were asked for.
+        `[batch, position, width]`, or with `output_shape` `[batch, position, *output_shape]`; with
+        `return_attention_scores` also the weights `[batch, head, position, position]`.
+
+    Raises:
+        ValueError: for arguments that do not fit.
+        InvalidArgumentError: for a mask with padding that is not on the right, when it runs.
     """
 
     def __init__(
@@ -72,22 +81,19 @@ class SparseAttention(keras.layers.Layer):
         activity_regularizer=None,
         kernel_constraint=None,
         bias_constraint=None,
+        seed=None,
         **kwargs,
     ):
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         self.supports_masking = True
         self.supports_jit = False
-        for name, number in (("num_heads", num_heads), ("key_dim", key_dim)):
-            if not isinstance(number, (int, np.integer)) or number < 1:
-                raise ValueError(f"{name} must be a positive integer. Received: {name}={number!r}")
-        if output_shape is not None and (not isinstance(output_shape, (int, np.integer)) or output_shape < 1):
-            raise ValueError(f"output_shape must be a positive integer. Received: output_shape={output_shape!r}")
-        self.num_heads = int(num_heads)
-        self.key_dim = int(key_dim)
+        self.num_heads = _positive("num_heads", num_heads)
+        self.key_dim = _positive("key_dim", key_dim)
+        self.value_dim = self.key_dim if value_dim is None else _positive("value_dim", value_dim)
         self.pattern = patterns.get(pattern)
-        self.value_dim = int(value_dim) if value_dim is not None else self.key_dim
-        self.use_bias = use_bias
-        self._output_shape = output_shape
+        self.pattern.check_heads(self.num_heads)
+        self.use_bias = bool(use_bias)
+        self._output_shape = _shape(output_shape)  # Keras models have an `output_shape` already
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
@@ -95,15 +101,36 @@ class SparseAttention(keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        patterns.lower(self.pattern, self.num_heads)  # refuses a pattern made for other heads, now
+        self.seed = seed
 
-    def _projection(self, equation, output_shape, bias_axes, name, initializer):
+    def build(self, query_shape, value_shape=None, key_shape=None):
+        value_shape = query_shape if value_shape is None else value_shape
+        key_shape = value_shape if key_shape is None else key_shape
+        self._check_shapes(query_shape, value_shape, key_shape)
+        output_shape = self._output_shape or (query_shape[-1],)
+        self.query_dense = self._projection("query", 0, self.key_dim)
+        self.key_dense = self._projection("key", 1, self.key_dim)
+        self.value_dense = self._projection("value", 2, self.value_dim)
+        axes = "efg"[: len(output_shape)]
+        self.output_dense = self._dense("attention_output", 3, f"abcd,cd{axes}->ab{axes}", output_shape, axes)
+        self.query_dense.build(query_shape)
+        self.key_dense.build(key_shape)
+        self.value_dense.build(value_shape)
+        self.output_dense.build((*query_shape[:2], self.num_heads, self.value_dim))
+
+    def _projection(self, name, number, depth):
+        return self._dense(name, number, "abc,cde->abde", (self.num_heads, depth), "de")
+
+    def _dense(self, name, number, equation, shape, bias_axes):
+        kernel = self.kernel_initializer
+        if name == "attention_output" and self.output_initializer is not None:
+            kernel = self.output_initializer
         return keras.layers.EinsumDense(
             equation,
-            output_shape=output_shape,
+            output_shape=(None, *shape),
             bias_axes=bias_axes if self.use_bias else None,
-            kernel_initializer=_fresh(initializer),
-            bias_initializer=_fresh(self.bias_initializer),
+            kernel_initializer=seeded(kernel, self.seed, number),
+            bias_initializer=seeded(self.bias_initializer, self.seed, number + 4),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
@@ -112,23 +139,6 @@ class SparseAttention(keras.layers.Layer):
             name=name,
         )
 
-    def build(self, query_shape, value_shape=None, key_shape=None):
-        """Makes the projections for inputs of these shapes."""
-        value_shape = value_shape or query_shape
-        key_shape = key_shape or value_shape
-        heads, kernel = "btd,dhk->bthk", self.kernel_initializer
-        self._query_dense = self._projection(heads, (None, self.num_heads, self.key_dim), "hk", "query", kernel)
-        self._key_dense = self._projection(heads, (None, self.num_heads, self.key_dim), "hk", "key", kernel)
-        self._value_dense = self._projection(heads, (None, self.num_heads, self.value_dim), "hk", "value", kernel)
-        width = self._output_shape or query_shape[-1]
-        initializer = self.output_initializer or kernel
-        self._output_dense = self._projection("bthk,hkd->btd", (None, width), "d", "output", initializer)
-        self._query_dense.build(tuple(query_shape))
-        self._key_dense.build(tuple(key_shape))
-        self._value_dense.build(tuple(value_shape))
-        self._output_dense.build((*query_shape[:2], self.num_heads, self.value_dim))
-        self.built = True
-
     def call(
         self,
         query,
@@ -136,212 +146,131 @@ class SparseAttention(keras.layers.Layer):
         key=None,
         lengths=None,
         query_mask=None,
-        attention_mask=None,
+        mask=None,
         return_attention_scores=False,
-        use_causal_mask=True,
         training=None,
+        use_causal_mask=True,
     ):
-        """Attends; see the class."""
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be None: the pattern is the mask; padding goes through lengths.")
         if not use_causal_mask:
-            raise ValueError("use_causal_mask must be True: every pattern is causal. Received: use_causal_mask=False")
+            raise ValueError(
+                f"`use_causal_mask` must be True: every pattern is causal. Received: use_causal_mask={use_causal_mask}"
+            )
+        if lengths is None:
+            lengths = lengths_of(query_mask if query_mask is not None else mask)
+        projected = self.project(query, value, key)
+        if not return_attention_scores:
+            return self.combine(self.attend(*projected, lengths))
+        output, scores = self._dense_attention(*projected, lengths)
+        return self.combine(output), scores
+
+    def project(self, query, value=None, key=None):
+        """Query, key and value of each head, `[batch, position, head, depth]` each."""
         value = query if value is None else value
         key = value if key is None else key
-        if lengths is None and query_mask is not None:
-            lengths = _lengths(query_mask)
-        q, k, v = self._query_dense(query), self._key_dense(key), self._value_dense(value)
-        if not return_attention_scores:
-            return self._output_dense(ops.attention(q, k, v, self.pattern, lengths=lengths))
-        allowed = pattern_mask(self.pattern, q.shape[1], self.num_heads)[None]
-        if lengths is not None:
-            used = tf.sequence_mask(lengths, q.shape[1])[:, None]
-            allowed = allowed & used[:, :, :, None] & used[:, :, None, :]
-        weights, _ = reference_weights(q, k, allowed)
-        return self._output_dense(tf.einsum("bhij,bjhd->bihd", weights, v)), weights
+        self._check_shapes(query.shape, value.shape, key.shape)
+        return self.query_dense(query), self.key_dense(key), self.value_dense(value)
 
-    def compute_output_spec(
-        self,
-        query,
-        value=None,
-        key=None,
-        lengths=None,
-        query_mask=None,
-        attention_mask=None,
-        return_attention_scores=False,
-        use_causal_mask=True,
-        training=None,
-    ):
-        """Shapes and dtypes of the results, for symbolic calls."""
-        output = keras.KerasTensor((*query.shape[:-1], self._output_shape or query.shape[-1]), self.compute_dtype)
-        if not return_attention_scores:
-            return output
+    def attend(self, query, key, value, lengths=None):
+        """Attention of projected heads, `[batch, position, head, value_dim]`."""
+        if query.dtype == tf.float64:
+            return ops.reference_attention(query, key, value, self.pattern, lengths=lengths)
+        return ops.attention(query, key, value, self.pattern, lengths=lengths)
+
+    def combine(self, heads):
+        """The output projection of all heads' attention."""
+        return self.output_dense(heads)
+
+    def _dense_attention(self, query, key, value, lengths):
         positions = query.shape[1]
-        weights = (query.shape[0], self.num_heads, positions, positions)
-        return output, keras.KerasTensor(weights, self.compute_dtype)
+        allowed = pattern_mask(self.pattern, positions, self.num_heads)[None]
+        if lengths is not None:
+            used = tf.sequence_mask(lengths, positions)[:, None]
+            allowed = allowed & used[:, :, :, None] & used[:, :, None, :]
+        dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
+        scores, _ = reference_weights(tf.cast(query, dtype), tf.cast(key, dtype), allowed)
+        output = tf.einsum("bhij,bjhd->bihd", scores, tf.cast(value, dtype))
+        return tf.cast(output, value.dtype), tf.cast(scores, value.dtype)
+
+    def attention_weights(self, inputs, positions):
+        """What chosen queries attend to, over their own keys alone: nothing of size n x n is made.
+
+        Args:
+            inputs: `[batch, position, width]`, what the layer would be called with.
+            positions: the query positions, ints.
+
+        Returns:
+            For each head a list with, for each position, a pair `(keys, weights)`: NumPy int64
+            `[keys]`, ascending, and float32 `[batch, keys]`, whose rows sum to 1.
+        """
+        query, key, _ = (tf.cast(x, tf.float32) for x in self.project(inputs))
+        result = []
+        for head in range(self.num_heads):
+            of_head = []
+            for position in positions:
+                keys = self.pattern.keys(int(position), head)
+                scores = tf.einsum("bd,bkd->bk", query[:, position, head], tf.gather(key[:, :, head], keys, axis=1))
+                weights = tf.nn.softmax(scores / self.key_dim**0.5)
+                of_head.append((keys, weights.numpy()))
+            result.append(of_head)
+        return result
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
-        """Shape of the result without weights."""
-        return (*query_shape[:-1], self._output_shape or query_shape[-1])
+        value_shape = query_shape if value_shape is None else value_shape
+        self._check_shapes(query_shape, value_shape, value_shape if key_shape is None else key_shape)
+        return (*query_shape[:2], *(self._output_shape or (query_shape[-1],)))
 
-    def attention_weights(self, query, positions):
-        """Weights of chosen queries over the keys that the pattern gives them; nothing n x n is made.
+    def compute_output_spec(self, query, value=None, key=None, return_attention_scores=False, **kwargs):
+        shapes = [None if x is None else x.shape for x in (query, value, key)]
+        output = keras.KerasTensor(self.compute_output_shape(*shapes), dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        shape = (query.shape[0], self.num_heads, query.shape[1], query.shape[1])
+        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
-        Args:
-            query: `[batch, position, dim]`, the layer's input.
-            positions: query positions.
+    def compute_mask(self, query, previous_mask=None):
+        return previous_mask
 
-        Returns:
-            A list with, for each of `positions`, a list with, for each head, a pair of NumPy arrays: key
-            positions `[keys]` and weights `[batch, keys]` in float32.
-        """
-        q = tf.cast(self._query_dense(query), tf.float32)
-        k = tf.cast(self._key_dense(query), tf.float32)
-        found = []
-        for position in positions:
-            found.append([])
-            for head in range(self.num_heads):
-                keys = self.pattern.keys(int(position), head)
-                rows = tf.gather(k[:, :, head], keys, axis=1)
-                scores = tf.einsum("bd,bkd->bk", q[:, int(position), head], rows) / self.key_dim**0.5
-                found[-1].append((keys, tf.nn.softmax(scores).numpy()))
-        return found
-
-    def decode(self, x, cache, position, keys):
-        """One position's output, from and into a cache: attention as a sampler needs it.
-
-        Args:
-            x: `[batch, 1, dim]`, the input at `position`.
-            cache: pair of variables `[head, position, batch, depth]`, keys and values so far; the position's
-                own are written first.
-            position: int32 scalar.
-            keys: int32 `[head, keys]`, the positions that each head attends to, filled up with -1.
-
-        Returns:
-            `[batch, 1, output_shape]`. Scores and softmax are in float32.
-        """
-        q = self._query_dense(x)[:, 0]
-        key_cache, value_cache = cache
-        key_cache[:, position].assign(tf.transpose(tf.cast(self._key_dense(x)[:, 0], key_cache.dtype), [1, 0, 2]))
-        value_cache[:, position].assign(tf.transpose(tf.cast(self._value_dense(x)[:, 0], value_cache.dtype), [1, 0, 2]))
-        index = tf.maximum(keys, 0)
-        k = tf.gather(tf.convert_to_tensor(key_cache), index, axis=1, batch_dims=1)
-        v = tf.gather(tf.convert_to_tensor(value_cache), index, axis=1, batch_dims=1)
-        scores = tf.einsum("bhd,hkbd->bhk", tf.cast(q, tf.float32), tf.cast(k, tf.float32)) / self.key_dim**0.5
-        valid = (keys >= 0)[None]
-        weights = tf.where(valid, tf.nn.softmax(tf.where(valid, scores, -1e30)), 0)
-        mixed = tf.einsum("bhk,hkbd->bhd", weights, tf.cast(v, tf.float32))
-        return self._output_dense(tf.cast(mixed[:, None], self.compute_dtype))
+    def _check_shapes(self, *shapes):
+        known = {shape[1] for shape in shapes if len(shape) == 3 and shape[1] is not None}
+        if any(len(shape) != 3 for shape in shapes) or len(known) > 1:
+            raise ValueError(
+                "Query, value and key must be [batch, position, width], with one number of "
+                "positions. Received shapes: query={}, value={}, key={}".format(*shapes)
+            )
 
     def get_config(self):
-        """The constructor's arguments."""
         config = super().get_config()
-        config |= {
-            "num_heads": self.num_heads,
-            "key_dim": self.key_dim,
-            "pattern": patterns.serialize(self.pattern),
-            "value_dim": self.value_dim,
-            "use_bias": self.use_bias,
-            "output_shape": self._output_shape,
-            "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer),
-        }
-        for name in ("kernel_initializer", "bias_initializer", "output_initializer"):
-            initializer = getattr(self, name)
-            config[name] = None if initializer is None else keras.initializers.serialize(initializer)
-        for name in _REGULARIZED:
-            config[name] = keras.regularizers.serialize(getattr(self, name))
-        for name in _CONSTRAINED:
-            config[name] = keras.constraints.serialize(getattr(self, name))
+        serialize = keras.saving.serialize_keras_object
+        config.update(
+            num_heads=self.num_heads,
+            key_dim=self.key_dim,
+            pattern=patterns.serialize(self.pattern),
+            value_dim=self.value_dim,
+            use_bias=self.use_bias,
+            output_shape=self._output_shape,
+            kernel_initializer=serialize(self.kernel_initializer),
+            bias_initializer=serialize(self.bias_initializer),
+            output_initializer=serialize(self.output_initializer),
+            kernel_regularizer=serialize(self.kernel_regularizer),
+            bias_regularizer=serialize(self.bias_regularizer),
+            activity_regularizer=serialize(self.activity_regularizer),
+            kernel_constraint=serialize(self.kernel_constraint),
+            bias_constraint=serialize(self.bias_constraint),
+            seed=self.seed,
+        )
         return config
 
 
-def _fresh(initializer):
-    """A copy of an initializer, so that kernels of one shape do not start out equal."""
-    return initializer.__class__.from_config(initializer.get_config())
+def _positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an int, 1 or more. Received: {name}={value!r}")
+    return value
 
 
-def _lengths(mask):
-    """Lengths of a mask that pads on the right."""
-    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), -1)
-    message = "The mask must pad on the right only: its rows must be True, then False."
-    right = tf.sequence_mask(lengths, tf.shape(mask)[-1])
-    with tf.control_dependencies([tf.debugging.assert_equal(right, tf.cast(mask, tf.bool), message=message)]):
-        return tf.identity(lengths)
-
-
-class _PresetAttention(SparseAttention):
-    """Attention whose pattern follows from a few numbers and a mode."""
-
-    def get_config(self):
-        """The constructor's arguments."""
-        config = super().get_config()
-        del config["pattern"]
-        return config | {name: getattr(self, name) for name in self._numbers}
-
-
-@keras.saving.register_keras_serializable(package="stf")
-class StridedAttention(_PresetAttention):
-    """Strided attention (Child et al. 2019, Section 4.3): the last `stride` positions, and every `stride`-th.
-
-    Example:
-        >>> layer = stf.layers.StridedAttention(num_heads=8, key_dim=64, stride=128)
-
-    Args:
-        num_heads, key_dim: as in `SparseAttention`.
-        stride: l, close to the root of the length.
-        mode: how the two kinds of head come together. "merged": every head attends to the union (Eq. 7).
-            "multihead": heads take turns, the first local, the second strided (Eq. 8). "local", "strided":
-            one kind alone, for models that interleave layers (Eq. 6).
-        **kwargs: the other arguments of `SparseAttention`.
-    """
-
-    _numbers = ("stride", "mode")
-
-    def __init__(self, num_heads, key_dim, stride, mode="merged", **kwargs):
-        local, strided = patterns.Local(stride), patterns.Strided(stride)
-        choices = {
-            "merged": local | strided,
-            "multihead": patterns.PerHead([local, strided]),
-            "local": local,
-            "strided": strided,
-        }
-        super().__init__(num_heads, key_dim, _choose(mode, choices), **kwargs)
-        self.stride = stride
-        self.mode = mode
-
-
-@keras.saving.register_keras_serializable(package="stf")
-class FixedAttention(_PresetAttention):
-    """Fixed attention (Child et al. 2019, Section 4.3): the own block, and the summaries of all earlier ones.
-
-    Example:
-        >>> layer = stf.layers.FixedAttention(num_heads=8, key_dim=64, stride=128, summary=32)
-
-    Args:
-        num_heads, key_dim: as in `SparseAttention`.
-        stride: l, the length of a block.
-        summary: c, how many positions of a block sum it up; each head takes its own c.
-        mode: "merged" (Eq. 7), "multihead" (Eq. 8: own block, summary, in turn), "block" or "summary" alone.
-        **kwargs: the other arguments of `SparseAttention`.
-    """
-
-    _numbers = ("stride", "summary", "mode")
-
-    def __init__(self, num_heads, key_dim, stride, summary, mode="merged", **kwargs):
-        block, summaries = patterns.OwnBlock(stride), patterns.Summary(stride, summary)
-        choices = {
-            "merged": patterns.Fixed(stride, summary),
-            "multihead": patterns.PerHead([block, summaries]),
-            "block": block,
-            "summary": summaries,
-        }
-        super().__init__(num_heads, key_dim, _choose(mode, choices), **kwargs)
-        self.stride = stride
-        self.summary = summary
-        self.mode = mode
-
-
-def _choose(mode, choices):
-    if mode not in choices:
-        raise ValueError(f"mode must be one of {sorted(choices)}. Received: mode={mode!r}")
-    return choices[mode]
+def _shape(output_shape):
+    if output_shape is None:
+        return None
+    shape = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
+    if not 1 <= len(shape) <= 3:
+        raise ValueError(f"`output_shape` must have one to three axes. Received: output_shape={output_shape!r}")
+    return tuple(_positive("output_shape", axis) for axis in shape)

@@ -1,113 +1,147 @@
-"""Position embeddings and the start vector (Child et al. 2019, Sections 5.1 and 5.3)."""
+"""From tokens to the residual stream: token, position and start vectors."""
 
 import math
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from stf.layers.initialization import READINGS, paper_initializer
+
 
 @keras.saving.register_keras_serializable(package="stf")
-class PositionEmbedding(keras.layers.Layer):
-    """Adds a learned vector for each coordinate of a position in an array of a given shape (Eq. 15).
+class SequenceEmbedding(keras.layers.Layer):
+    """Embeds each token and its place, and shifts the sequence by one (Section 5.3).
 
-    For images the shape is (rows, columns, channels): data embeddings. For text and audio it is
-    (ceil(n / l), l), row and column in a matrix of the stride's width: attention embeddings.
+    A place is an index on each of several axes, and each axis has a table of vectors; token and
+    place vectors add up. For images the axes are row, column and channel ("data embedding", n_emb
+    3); for text and audio row and column of the position in a matrix of the pattern's width l
+    ("attention embedding", n_emb 2: `axes=(ceil(n / l), l)`). After that (so the authors' released
+    code) a learned start vector is put in front and the last position dropped, so that position t
+    sees the tokens before t.
 
     Example:
-        >>> x = stf.layers.PositionEmbedding((32, 32, 3))(x)    # x is [batch, 3072, dim]
+
+    >>> SequenceEmbedding(256, 64, axes=(32, 32, 3))(tf.zeros([1, 3072], tf.int32)).shape
+    TensorShape([1, 3072, 64])
 
     Args:
-        shape: sizes of the coordinates, the last one running fastest; their product is the longest sequence.
-        embeddings_initializer: of every table. The paper's is N(0, 0.125 / sqrt(dim * len(shape))).
+        vocabulary_size: number of tokens.
+        width: d, the length of a vector.
+        axes: ints, the size of each axis, slowest first; their product is the longest sequence.
+        reading: of the paper's initialization, see `paper_initializer`: tokens N(0, 0.125 / sqrt(d))
+            and places N(0, 0.125 / sqrt(d n_emb)). The start vector is as a token.
+        seed: int that fixes the initial values, or None.
+
+    Call arguments:
+        tokens: integers `[batch, position]`, below `vocabulary_size`.
+
+    Returns:
+        `[batch, position, width]`.
+
+    Raises:
+        ValueError: for arguments that do not fit, or a sequence known to be longer than the axes.
+        InvalidArgumentError: for such a sequence of dynamic length, when it runs.
     """
 
-    def __init__(self, shape, embeddings_initializer="uniform", **kwargs):
+    def __init__(self, vocabulary_size, width, axes, reading="released", seed=None, **kwargs):
         super().__init__(**kwargs)
-        self.shape = tuple(int(size) for size in shape)
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape must hold positive sizes. Received: shape={shape!r}")
-        self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
-        self.supports_masking = True
         self.supports_jit = False
-
-    def build(self, input_shape):
-        """Makes a table for each coordinate."""
-        initializer = self.embeddings_initializer
-        self._tables = [
-            self.add_weight(
-                name=f"axis_{axis}",
-                shape=(size, input_shape[-1]),
-                initializer=initializer.__class__.from_config(initializer.get_config()),
+        self.vocabulary_size = vocabulary_size
+        self.width = width
+        self.axes = tuple(axes)
+        if reading not in READINGS:
+            raise ValueError(f"`reading` must be one of {READINGS}. Received: reading={reading!r}")
+        self.reading = reading
+        self.seed = seed
+        sizes = (vocabulary_size, width, *self.axes)
+        if not self.axes or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(
+                "`vocabulary_size`, `width` and every one of `axes` must be an int, 1 or more. "
+                f"Received: vocabulary_size={vocabulary_size!r}, width={width!r}, axes={axes!r}"
             )
-            for axis, size in enumerate(self.shape)
+
+    @property
+    def longest(self):
+        """Length of the longest sequence."""
+        return math.prod(self.axes)
+
+    def build(self, tokens_shape):
+        def initializer(number, n_emb=1):
+            seed = None if self.seed is None else self.seed + number
+            return paper_initializer(self.width * n_emb, reading=self.reading, seed=seed)
+
+        self.tokens = self.add_weight(
+            name="tokens", shape=(self.vocabulary_size, self.width), initializer=initializer(0)
+        )
+        self.start = self.add_weight(name="start", shape=(self.width,), initializer=initializer(1))
+        self.places = [
+            self.add_weight(
+                name=f"axis_{k}",
+                shape=(size, self.width),
+                initializer=initializer(2 + k, len(self.axes)),
+            )
+            for k, size in enumerate(self.axes)
         ]
-        self.built = True
 
-    def at(self, positions):
-        """The sum of the vectors of `positions`, `[..., dim]`."""
-        total, later = 0, math.prod(self.shape)
-        for size, table in zip(self.shape, self._tables, strict=True):
-            later //= size
-            total += tf.gather(tf.convert_to_tensor(table), positions // later % size)
-        return tf.cast(total, self.compute_dtype)
+    def call(self, tokens):
+        places = self._places(tokens)
+        batch = tf.shape(tokens)[0]
+        start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.width])
+        # Only what stays is looked up: the last token predicts nothing.
+        table = tf.cast(self.tokens, self.compute_dtype)
+        shifted = tf.gather(table, tf.cast(tokens[:, :-1], tf.int32)) + places
+        # An empty sequence has no room for the start vector.
+        return tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
 
-    def call(self, inputs):
-        """`inputs` `[batch, position, dim]`."""
-        longest = math.prod(self.shape)
-        if inputs.shape[1] is not None and inputs.shape[1] > longest:
-            raise ValueError(f"inputs must have at most {longest} positions. Received: inputs of shape {inputs.shape}")
-        return inputs + self.at(tf.range(tf.shape(inputs)[1]))
+    def _places(self, tokens):
+        """Place vectors of all positions but the last, `[position - 1, width]`."""
+        positions = tokens.shape[1]
+        if positions is None:
+            positions = tf.shape(tokens)[1]
+            check = tf.debugging.assert_less_equal(
+                positions, self.longest, f"axes {self.axes} hold {self.longest} positions"
+            )
+            with tf.control_dependencies([] if check is None else [check]):
+                positions = tf.identity(positions)
+        elif positions > self.longest:
+            raise ValueError(
+                f"The axes {self.axes} hold sequences of {self.longest} positions or less. "
+                f"Received: tokens of shape {tokens.shape}"
+            )
+        total = 0.0
+        for k, table in enumerate(self.places):
+            shape = [1] * len(self.axes) + [self.width]
+            shape[k] = self.axes[k]
+            total += tf.reshape(tf.cast(table, self.compute_dtype), shape)
+        return tf.reshape(total, [self.longest, self.width])[: tf.maximum(positions - 1, 0)]
 
-    def compute_output_shape(self, input_shape):
-        """The input's shape."""
-        return input_shape
+    def step(self, token, position):
+        """What `call` gives for one `position`, from the token before it.
+
+        Args:
+            token: integers `[batch]`, the token at `position - 1`; ignored at position 0.
+            position: int or scalar tensor.
+
+        Returns:
+            `[batch, 1, width]`.
+        """
+        before = tf.maximum(position - 1, 0)
+        vector = tf.gather(self.tokens.value, token)  # [batch, width]
+        for k, table in enumerate(self.places):
+            index = before // math.prod(self.axes[k + 1 :]) % self.axes[k]
+            vector += table.value[index]
+        vector = tf.where(tf.equal(position, 0), self.start.value, vector)
+        return tf.cast(vector, self.compute_dtype)[:, None]
+
+    def compute_output_shape(self, tokens_shape):
+        return (*tokens_shape, self.width)
 
     def get_config(self):
-        """The constructor's arguments."""
-        return super().get_config() | {
-            "shape": list(self.shape),
-            "embeddings_initializer": keras.initializers.serialize(self.embeddings_initializer),
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "width": self.width,
+            "axes": self.axes,
+            "reading": self.reading,
+            "seed": self.seed,
         }
-
-
-@keras.saving.register_keras_serializable(package="stf")
-class StartShift(keras.layers.Layer):
-    """Puts a learned start vector in front and drops the last position.
-
-    So position t of what follows knows of the inputs before t alone, and predicts the t-th. The shift
-    comes after the position embeddings are added.
-
-    Args:
-        start_initializer: of the start vector.
-    """
-
-    def __init__(self, start_initializer="zeros", **kwargs):
-        super().__init__(**kwargs)
-        self.start_initializer = keras.initializers.get(start_initializer)
-        self.supports_jit = False
-
-    def build(self, input_shape):
-        """Makes the start vector."""
-        self.start = self.add_weight(name="start", shape=(input_shape[-1],), initializer=self.start_initializer)
-        self.built = True
-
-    def call(self, inputs):
-        """`inputs` `[batch, position, dim]`."""
-        start = tf.cast(tf.convert_to_tensor(self.start), inputs.dtype)
-        start = tf.broadcast_to(start, tf.concat([tf.shape(inputs)[:1], [1], tf.shape(inputs)[2:]], 0))
-        shifted = tf.concat([start, inputs[:, :-1]], 1)
-        return tf.ensure_shape(shifted[:, : tf.shape(inputs)[1]], inputs.shape)
-
-    def compute_output_shape(self, input_shape):
-        """The input's shape."""
-        return input_shape
-
-    def get_config(self):
-        """The constructor's arguments."""
-        return super().get_config() | {"start_initializer": keras.initializers.serialize(self.start_initializer)}
-
-
-def attention_shape(length, stride):
-    """Shape of the attention embedding for `length` positions: rows of `stride` columns."""
-    return (int(np.ceil(length / stride)), stride)

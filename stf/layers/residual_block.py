@@ -1,33 +1,66 @@
-"""The residual block of Sparse Transformers (Child et al. 2019, Section 5)."""
+"""The residual block of Sparse Transformers."""
 
 import keras
 import tensorflow as tf
 
+from stf.layers.initialization import seeded
+from stf.layers.padding import lengths_of
+
+
+@keras.saving.register_keras_serializable(package="stf")
+def sigmoid_gelu(x):
+    """`x * sigmoid(1.702 x)` (Section 5.2 of Child et al. 2019); its gradient stores `x` alone."""
+    return tf.nn.silu(x, beta=1.702)
+
+
+def stateless_dropout(x, rate, seed):
+    """Dropout whose mask depends on `seed` alone (int `[2]`), so that a recompute draws it again."""
+    keep = tf.random.stateless_uniform(tf.shape(x), seed) >= rate
+    return tf.where(keep, x * tf.cast(1.0 / (1.0 - rate), x.dtype), tf.zeros([], x.dtype))
+
 
 @keras.saving.register_keras_serializable(package="stf")
 class SparseResidualBlock(keras.layers.Layer):
-    """A pre-activation residual block around any attention layer (Eqs. 12-14).
+    """Attention and feed-forward on a pre-activation residual stream (Child et al. 2019, Eqs. 12-14).
 
-        a(H) = dropout(attention(norm(H)))
-        b(H) = dropout(ff(norm(H + a(H))))
-        result = H + a(H) + b(H)
+    `a = dropout(attention(norm(H)))`, `b = dropout(ff(norm(H + a)))`, and the output is `H + a + b`,
+    with `ff(x) = W2 f(W1 x + b1) + b2` and `f(x) = x sigmoid(1.702 x)`.
 
-    with ff(x) = W2 f(W1 x + b1) + b2 and f(x) = x sigmoid(1.702 x). Dropout acts at the two additions alone.
+    With `recompute` a training step keeps H alone and computes attention and feed-forward again in
+    the backward pass (Section 5.4), with the same dropout masks: gradients are the same to
+    rounding. (`keras.remat` draws others.)
 
     Example:
-        >>> attention = stf.layers.StridedAttention(num_heads=8, key_dim=64, stride=128)
-        >>> x = stf.layers.SparseResidualBlock(attention, dropout=0.25, recompute=True)(x)
+
+    >>> attention = stf.layers.StridedAttention(num_heads=2, key_dim=16, stride=32)
+    >>> block = SparseResidualBlock(attention, dropout=0.25, recompute=True)
+    >>> block(tf.zeros([1, 1024, 64])).shape
+    TensorShape([1, 1024, 64])
 
     Args:
-        attention: a layer from `[batch, position, dim]` to the same shape.
-        ff_dim: width of the feed-forward's hidden layer; 4 dim unless given.
-        dropout: rate at the two additions, in [0, 1).
-        recompute: keep only H and H + a(H) for the backward pass and compute attention and feed-forward
-            again there (Section 5.4; through `tf.recompute_grad`). Dropout masks come from explicit seeds,
-            so that both passes draw the same.
-        epsilon: of the two layer normalisations.
-        kernel_initializer, output_initializer: of W1 and W2.
-        seed: of the dropout masks.
+        attention: a layer from `[batch, position, width]` to the same. It must be the same function
+            each time it is called: no dropout of its own.
+        ff_dim: number of hidden units of the feed-forward layer; 4 width unless given.
+        dropout: rate of both dropouts, from 0 to less than 1.
+        recompute: whether to compute the block again in the backward pass.
+        epsilon: of both normalizations.
+        kernel_initializer: of W1 and W2.
+        output_initializer: of W2; `kernel_initializer` unless given.
+        bias_initializer: of b1 and b2.
+        kernel_regularizer: of W1 and W2.
+        seed: int that fixes dropout and initial values, or None.
+
+    Call arguments:
+        inputs: H, `[batch, position, width]`.
+        lengths: integers `[batch]`, given to the attention, or None.
+        mask: Keras' mask, with padding on the right, from which lengths are made; or None.
+        training: whether to drop.
+
+    Returns:
+        `[batch, position, width]`.
+
+    Raises:
+        ValueError: for arguments that do not fit.
     """
 
     def __init__(
@@ -38,102 +71,121 @@ class SparseResidualBlock(keras.layers.Layer):
         recompute=False,
         epsilon=1e-5,
         kernel_initializer="glorot_uniform",
-        output_initializer="glorot_uniform",
+        output_initializer=None,
+        bias_initializer="zeros",
+        kernel_regularizer=None,
         seed=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(attention, keras.layers.Layer):
-            raise ValueError(f"attention must be a Keras layer. Received: attention={attention!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1). Received: dropout={dropout!r}")
-        if ff_dim is not None and ff_dim < 1:
-            raise ValueError(f"ff_dim must be at least 1. Received: ff_dim={ff_dim!r}")
+        self.supports_masking = True
         self.supports_jit = False
+        if not isinstance(attention, keras.layers.Layer):
+            raise ValueError(f"`attention` must be a Keras layer. Received: attention={attention}")
+        if ff_dim is not None and (not isinstance(ff_dim, int) or ff_dim < 1):
+            raise ValueError(f"`ff_dim` must be an int, 1 or more. Received: ff_dim={ff_dim!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}")
+        if recompute and attention.activity_regularizer is not None:
+            raise ValueError(
+                "`recompute` cannot be combined with an attention's activity_regularizer, whose loss "
+                f"it would hide. Received: {attention.activity_regularizer}"
+            )
         self.attention = attention
         self.ff_dim = ff_dim
         self.dropout = dropout
-        self.recompute = recompute
+        self.recompute = bool(recompute)
         self.epsilon = epsilon
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.seed = seed
-        self._seeds = keras.random.SeedGenerator(seed) if dropout else None
+        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
 
-    def build(self, input_shape):
-        """Makes the normalisations and the feed-forward layers."""
-        dim = input_shape[-1]
-        options = {"dtype": self.dtype_policy}
-        self._attention_norm = keras.layers.LayerNormalization(epsilon=self.epsilon, name="attention_norm", **options)
-        self._ff_norm = keras.layers.LayerNormalization(epsilon=self.epsilon, name="ff_norm", **options)
-        self._ff_in = keras.layers.Dense(
-            self.ff_dim or 4 * dim, kernel_initializer=self.kernel_initializer, name="ff_in", **options
+    def build(self, inputs_shape):
+        width = inputs_shape[-1]
+        hidden = self.ff_dim or 4 * width
+        self.attention_norm = self._norm("attention_norm")
+        self.feed_forward_norm = self._norm("feed_forward_norm")
+        self.hidden_dense = self._dense("hidden", 0, hidden, self.kernel_initializer)
+        self.output_dense = self._dense(
+            "feed_forward_output", 1, width, self.output_initializer or self.kernel_initializer
         )
-        self._ff_out = keras.layers.Dense(dim, kernel_initializer=self.output_initializer, name="ff_out", **options)
-        for layer in (self._attention_norm, self._ff_norm, self._ff_in):
-            layer.build(input_shape)
+        self.attention_norm.build(inputs_shape)
         if not self.attention.built:
-            self.attention.build(input_shape)
-        self._ff_out.build((*input_shape[:-1], self._ff_in.units))
-        self.built = True
+            self.attention.build(inputs_shape)
+        self.feed_forward_norm.build(inputs_shape)
+        self.hidden_dense.build(inputs_shape)
+        self.output_dense.build((*inputs_shape[:-1], hidden))
 
-    def _drop(self, x, seed):
-        if seed is None:
-            return x
-        kept = tf.random.stateless_uniform(tf.shape(x), seed, dtype=tf.float32) >= self.dropout
-        return tf.where(kept, x * tf.cast(1 / (1 - self.dropout), x.dtype), tf.zeros_like(x))
+    def _norm(self, name):
+        return keras.layers.LayerNormalization(epsilon=self.epsilon, dtype=self.dtype_policy, name=name)
 
-    def _feed_forward(self, x):
-        x = self._ff_in(x)
-        return self._ff_out(x * tf.sigmoid(tf.cast(1.702, x.dtype) * x))
+    def _dense(self, name, number, units, kernel_initializer):
+        return keras.layers.Dense(
+            units,
+            kernel_initializer=seeded(kernel_initializer, self.seed, number),
+            bias_initializer=seeded(self.bias_initializer, self.seed, number + 2),
+            kernel_regularizer=self.kernel_regularizer,
+            dtype=self.dtype_policy,
+            name=name,
+        )
 
-    def call(self, inputs, lengths=None, training=None):
-        """`inputs` `[batch, position, dim]`; `lengths` as in `SparseAttention`, where given."""
-        seeds = [None, None]
-        if training and self._seeds is not None:
-            seeds = [tf.cast(tf.convert_to_tensor(self._seeds.next()), tf.int32) for _ in seeds]
+    def call(self, inputs, lengths=None, mask=None, training=None):
+        if lengths is None:
+            lengths = lengths_of(mask)
+        # Everything that changes from call to call is fixed here, outside what is recomputed.
+        seed = None
+        if training and self.seed_generator is not None:
+            seed = tf.cast(self.seed_generator.next(), tf.int32)
         options = {} if lengths is None else {"lengths": lengths}
 
-        def attend(x):
-            return self._drop(self.attention(self._attention_norm(x), training=training, **options), seeds[0])
-
-        def feed_forward(x):
-            return self._drop(self._feed_forward(self._ff_norm(x)), seeds[1])
+        def residual(stream):
+            # The attention may have a dtype policy of its own.
+            a = tf.cast(self.attention(self.attention_norm(stream), **options), stream.dtype)
+            a = a if seed is None else stateless_dropout(a, self.dropout, seed)
+            stream = stream + a
+            b = self.feed_forward(self.feed_forward_norm(stream))
+            b = b if seed is None else stateless_dropout(b, self.dropout, seed + [1 << 30, 0])
+            return stream + b
 
         if self.recompute and training:
-            attend, feed_forward = tf.recompute_grad(attend), tf.recompute_grad(feed_forward)
-        middle = inputs + attend(inputs)
-        return middle + feed_forward(middle)
+            return tf.recompute_grad(residual)(inputs)
+        return residual(inputs)
 
-    def compute_output_spec(self, inputs, lengths=None, training=None):
-        """The input's shape."""
-        return keras.KerasTensor(inputs.shape, self.compute_dtype)
+    def feed_forward(self, inputs):
+        """`W2 f(W1 x + b1) + b2` at each position (Eq. 14)."""
+        return self.output_dense(sigmoid_gelu(self.hidden_dense(inputs)))
 
-    def compute_output_shape(self, input_shape):
-        """The input's shape."""
-        return input_shape
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
 
-    def decode(self, x, cache, position, keys):
-        """One position's output; arguments as in `SparseAttention.decode`."""
-        middle = x + self.attention.decode(self._attention_norm(x), cache, position, keys)
-        return middle + self._feed_forward(self._ff_norm(middle))
+    def compute_output_spec(self, inputs, **kwargs):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return previous_mask
 
     def get_config(self):
-        """The constructor's arguments."""
-        return super().get_config() | {
-            "attention": keras.saving.serialize_keras_object(self.attention),
-            "ff_dim": self.ff_dim,
-            "dropout": self.dropout,
-            "recompute": self.recompute,
-            "epsilon": self.epsilon,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "output_initializer": keras.initializers.serialize(self.output_initializer),
-            "seed": self.seed,
-        }
+        config = super().get_config()
+        serialize = keras.saving.serialize_keras_object
+        config.update(
+            attention=serialize(self.attention),
+            ff_dim=self.ff_dim,
+            dropout=self.dropout,
+            recompute=self.recompute,
+            epsilon=self.epsilon,
+            kernel_initializer=serialize(self.kernel_initializer),
+            output_initializer=serialize(self.output_initializer),
+            bias_initializer=serialize(self.bias_initializer),
+            kernel_regularizer=serialize(self.kernel_regularizer),
+            seed=self.seed,
+        )
+        return config
 
     @classmethod
     def from_config(cls, config):
-        """The block of a configuration."""
         config = dict(config)
         config["attention"] = keras.saving.deserialize_keras_object(config["attention"])
         return cls(**config)

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from stf import patterns as stf_patterns
-from stf.layers import PositionEmbedding, SparseAttention, SparseResidualBlock, StartShift
+from stf.layers import SequenceEmbedding, SparseAttention, SparseResidualBlock, paper_initializer
 from stf.models.presets import preset
 
 
@@ -25,7 +25,8 @@ class SparseTransformer(keras.Model):
 
     Args:
         length: longest sequence, in tokens.
-        position_shape: coordinates of a position, see `stf.layers.PositionEmbedding`.
+        position_shape: coordinates of a position, see `stf.layers.SequenceEmbedding`: (32, 32, 3) for images (data
+            embedding), (ceil(n / l), l) for text and audio (attention embedding).
         patterns: patterns that the blocks take in turn: `[Local(l), Strided(l)]` interleaves (Eq. 6),
             `[Local(l)] * 3 + [Strided(l)]` at a ratio, `[Fixed(l, c)]` is merged (Eq. 7),
             `[PerHead([...])]` multi-head (Eq. 8).
@@ -38,9 +39,7 @@ class SparseTransformer(keras.Model):
         dropout: rate at the residual additions.
         recompute: keep one residual a block and compute the rest again in the backward pass.
         vocab_size: number of tokens.
-        init: how N(0, 0.125 / sqrt(fan_in)) is read. The paper does not say whether the second number is
-            a standard deviation or a variance. "released" (default): standard deviation
-            sqrt(0.125 / fan_in), as in the authors' follow-up code; "paper": 0.125 / sqrt(fan_in).
+        init: how the paper's N(0, 0.125 / sqrt(fan_in)) is read, see `stf.layers.paper_initializer`.
         seed: of initialisation and dropout.
 
     Call arguments:
@@ -77,8 +76,6 @@ class SparseTransformer(keras.Model):
             raise ValueError(
                 f"position_shape must cover length={length} positions. Received: position_shape={position_shape!r}"
             )
-        if init not in ("released", "paper"):
-            raise ValueError(f"init must be 'released' or 'paper'. Received: init={init!r}")
         if (key_dim is None or value_dim is None) and model_dim % num_heads:
             raise ValueError(
                 f"model_dim must be a multiple of num_heads unless key_dim and value_dim are given. "
@@ -100,18 +97,13 @@ class SparseTransformer(keras.Model):
         self.vocab_size = vocab_size
         self.init = init
         self.seed = seed
-        self._draws = 0
         policy = {"dtype": self.dtype_policy}
-        self.token_embedding = keras.layers.Embedding(
-            vocab_size, model_dim, embeddings_initializer=self._normal(model_dim), name="tokens", **policy
+        self.embedding = SequenceEmbedding(
+            vocab_size, model_dim, self.position_shape, reading=init, seed=seed, name="embedding", **policy
         )
-        self.position_embedding = PositionEmbedding(
-            self.position_shape, self._normal(model_dim * len(self.position_shape)), name="positions", **policy
-        )
-        self.start_shift = StartShift(self._normal(model_dim), name="start", **policy)
         self.blocks = [self._block(index, policy) for index in range(num_blocks)]
         self.final_norm = keras.layers.LayerNormalization(epsilon=1e-5, name="final_norm", **policy)
-        # W_out begins at 0 (Section 5.2): the first loss is that of the uniform distribution.
+        # W_out begins at 0 (Section 6): the first loss is that of the uniform distribution.
         self.logits = keras.layers.Dense(
             vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", **policy
         )
@@ -122,23 +114,18 @@ class SparseTransformer(keras.Model):
         """The model of a name in `stf.models.PRESETS`, with any argument set otherwise."""
         return cls(**(preset(name) | overrides))
 
-    def _normal(self, fan_in, scale=1.0):
-        """N(0, 0.125 / sqrt(fan_in)) as `init` reads it, each from a seed of its own."""
-        stddev = (0.125 / fan_in) ** 0.5 if self.init == "released" else 0.125 / fan_in**0.5
-        self._draws += 1
-        seed = None if self.seed is None else self.seed + self._draws
-        return keras.initializers.RandomNormal(stddev=scale * stddev, seed=seed)
-
     def _block(self, index, policy):
-        # W2 and W_p are scaled by 1 / sqrt(2 N) (Section 5.2), so that the residual stream begins at unit size.
+        # W2 and W_p are scaled by 1 / sqrt(2 N) (Section 6), so that the residual stream begins at unit size.
         residual = (2 * self.num_blocks) ** -0.5
+        seed = None if self.seed is None else self.seed + 1_000_003 * (index + 1)
         attention = SparseAttention(
             self.num_heads,
             self.key_dim,
             self.patterns[index % len(self.patterns)],
             value_dim=self.value_dim,
-            kernel_initializer=self._normal(self.model_dim),
-            output_initializer=self._normal(self.num_heads * self.value_dim, residual),
+            kernel_initializer=paper_initializer(self.model_dim, reading=self.init),
+            output_initializer=paper_initializer(self.num_heads * self.value_dim, residual, self.init),
+            seed=seed,
             name="attention",
             **policy,
         )
@@ -147,9 +134,9 @@ class SparseTransformer(keras.Model):
             ff_dim=self.ff_dim,
             dropout=self.dropout,
             recompute=self.recompute,
-            kernel_initializer=self._normal(self.model_dim),
-            output_initializer=self._normal(self.ff_dim, residual),
-            seed=None if self.seed is None else self.seed + index,
+            kernel_initializer=paper_initializer(self.model_dim, reading=self.init),
+            output_initializer=paper_initializer(self.ff_dim, residual, self.init),
+            seed=None if seed is None else seed + 500_001,
             name=f"block_{index}",
             **policy,
         )
@@ -157,27 +144,39 @@ class SparseTransformer(keras.Model):
     def build(self, input_shape):
         """Makes all weights, for `[batch, position]` inputs."""
         hidden = (*input_shape, self.model_dim)
-        self.token_embedding.build(input_shape)
-        for layer in (self.position_embedding, self.start_shift, *self.blocks, self.final_norm, self.logits):
+        self.embedding.build(input_shape)
+        for layer in (*self.blocks, self.final_norm, self.logits):
             layer.build(hidden)
         self.built = True
 
     def hidden(self, inputs, training=None):
         """The residual stream: the embedded input, then the output of each block, as a list."""
-        found = [self.start_shift(self.position_embedding(self.token_embedding(inputs)))]
+        found = [self.embedding(inputs)]
         for block in self.blocks:
             found.append(block(found[-1], training=training))
         return found
 
     def attention_weights(self, tokens, positions, blocks=None):
-        """Weights of chosen queries: for each of `blocks`, each head and each position, keys and weights."""
+        """What chosen queries attend to, block by block; nothing of size n x n is made.
+
+        The query at position t is the one that predicts token t, and key j stands for the tokens before the
+        j-th.
+
+        Args:
+            tokens: integers `[batch, position]`.
+            positions: query positions.
+            blocks: indices of the blocks to look at; all unless given.
+
+        Returns:
+            For each block what `SparseAttention.attention_weights` gives: for each head, for each position,
+            keys and weights.
+        """
         hidden = self.hidden(tf.convert_to_tensor(tokens))
-        found = []
-        for index in range(self.num_blocks) if blocks is None else blocks:
-            block = self.blocks[index]
-            rows = block.attention.attention_weights(block._attention_norm(hidden[index]), positions)
-            found.append([[row[head] for row in rows] for head in range(self.num_heads)])
-        return found
+        blocks = range(self.num_blocks) if blocks is None else blocks
+        return [
+            self.blocks[k].attention.attention_weights(self.blocks[k].attention_norm(hidden[k]), positions)
+            for k in blocks
+        ]
 
     def call(self, inputs, training=None):
         """Logits; see the class."""

@@ -1,0 +1,131 @@
+"""Step-by-step logits equal the teacher-forced ones, for every pattern and policy; draws; refusals."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import stf
+from stf.generation import Decoder, draw
+from stf.models import SparseTransformer
+
+P = stf.patterns
+N = 29
+PATTERNS = [
+    P.Causal(),
+    P.Local(3),
+    P.Strided(5),
+    P.OwnBlock(4),
+    P.Summary(5, 2),
+    P.Fixed(5, 2),
+    P.Local(4) | P.Strided(4),
+    P.PerHead([P.Local(2), P.Strided(6)]),
+    P.Blocks(np.random.default_rng(0).random((2, 8, 8)) < 0.6, 4),
+]
+
+
+def make(patterns, **arguments):
+    model = SparseTransformer(
+        length=N,
+        position_shape=(8, 4),
+        patterns=patterns,
+        num_blocks=len(patterns) + 1,
+        num_heads=2,
+        model_dim=16,
+        key_dim=6,
+        value_dim=5,
+        vocab_size=13,
+        seed=3,
+        **arguments,
+    )
+    random = np.random.default_rng(1)
+    for weight in model.trainable_variables:  # as after training: nothing is 0 or 1
+        weight.assign(weight.numpy() + 0.3 * random.normal(size=weight.shape))
+    return model
+
+
+def tokens(batch=2):
+    return np.random.default_rng(0).integers(0, 13, (batch, N)).astype("int32")
+
+
+def stepwise(model, x):
+    decoder = Decoder(model, len(x), x.shape[1])
+    return np.stack([decoder.step(x[:, t - 1], t).numpy() for t in range(x.shape[1])], axis=1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_steps_equal_the_whole_sequence(pattern):
+    model = make([pattern])
+    want = model(tokens()).numpy()
+    np.testing.assert_allclose(stepwise(model, tokens()), want, atol=2e-6 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("policy", "unit"), [("mixed_bfloat16", 2.0**-8), ("mixed_float16", 2.0**-11)])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_steps_are_as_near_the_truth_as_the_whole_sequence_in_half_precision(pattern, policy, unit):
+    exact, model = make([pattern], dtype="float32"), make([pattern], dtype=policy)
+    model.set_weights(exact.get_weights())
+    truth = exact(tokens()).numpy()
+    error = np.abs(stepwise(model, tokens()) - truth).max()
+    allowed = np.abs(model(tokens()).numpy() - truth).max()
+    assert error <= 2 * allowed + unit * np.abs(truth).max()
+
+
+def test_blocks_of_several_patterns():
+    model = make(PATTERNS[1:4])
+    want = model(tokens()).numpy()
+    np.testing.assert_allclose(stepwise(model, tokens()), want, atol=2e-6 * np.abs(want).max(), rtol=0)
+
+
+def test_samples_repeat_by_seed_and_keep_the_prefix():
+    model, x = make(PATTERNS[6:7]), tokens(batch=3)
+    first = model.generate(prefix=x[:, :10], seed=5, verbose=0)
+    assert first.shape == (3, N) and first.dtype == np.int32
+    np.testing.assert_array_equal(first[:, :10], x[:, :10])
+    np.testing.assert_array_equal(model.generate(prefix=x[:, :10], seed=5, verbose=0), first)
+    assert not np.array_equal(model.generate(prefix=x[:, :10], seed=6, verbose=0), first)
+    assert model.generate(batch_size=2, length=4, verbose=0).shape == (2, 4)
+
+
+def test_at_temperature_0_each_token_is_the_likeliest():
+    model = make(PATTERNS[6:7])
+    sample = model.generate(temperature=0, verbose=0)
+    np.testing.assert_array_equal(sample, np.argmax(model(sample), -1))
+    np.testing.assert_array_equal(model.generate(top_k=1, verbose=0), sample)
+
+
+def test_samples_follow_the_models_distribution():
+    """Chi-squared of the first token of many samples."""
+    model = make(PATTERNS[:1])
+    probabilities = tf.nn.softmax(model(tokens())[0, 0] / 2).numpy()
+    drawn = model.generate(batch_size=20_000, temperature=2.0, length=1, seed=1, verbose=0)[:, 0]
+    expected = 20_000 * probabilities
+    statistic = np.sum((np.bincount(drawn, minlength=13) - expected) ** 2 / expected)
+    assert statistic < 32.9  # 12 degrees of freedom: exceeded once in a thousand
+
+
+def test_top_k_draws_from_the_likeliest_alone():
+    logits = tf.random.stateless_normal([1, 50], [1, 2])
+    likeliest = set(tf.math.top_k(logits, 3).indices.numpy()[0])
+    drawn = {int(draw(logits, 5.0, [0, t], top_k=3)[0]) for t in range(60)}
+    assert drawn == likeliest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(temperature=-1), "temperature=-1"),
+        (dict(top_k=0), "top_k=0"),
+        (dict(length=N + 1), f"length={N + 1}"),
+        (dict(prefix=np.zeros((1, N + 1))), "prefix of shape"),
+        (dict(prefix=np.full((1, 2), 13)), "tokens from 0 to 12"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        make(PATTERNS[:1]).generate(verbose=0, **arguments)
+
+
+def test_decoder_refuses_positions_outside_its_room():
+    decoder = Decoder(make(PATTERNS[:1]), 1, 4)
+    with pytest.raises(ValueError, match="position=4"):
+        decoder.step([0], 4)

@@ -1,0 +1,151 @@
+"""SparseAttention beside Keras' own attention, its masks, scores and refusals."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from stf import patterns
+from stf.layers import FixedAttention, SparseAttention, StridedAttention
+
+RANDOM = np.random.default_rng(0)
+
+
+def vectors(batch=2, positions=13, width=8):
+    return tf.constant(RANDOM.normal(size=(batch, positions, width)), tf.float32)
+
+
+PATTERNS = [
+    patterns.Causal(),
+    patterns.Local(3),
+    patterns.Strided(4),
+    patterns.OwnBlock(4),
+    patterns.Summary(4, 2),
+    patterns.Fixed(4, 1),
+    patterns.Local(4) | patterns.Strided(4),
+    patterns.PerHead([patterns.Local(2), patterns.Causal()]),
+    patterns.Blocks(RANDOM.random((2, 4, 4)) < 0.7, 4),
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_equals_keras_attention_under_the_patterns_mask(pattern):
+    x = vectors()
+    ours = SparseAttention(2, 4, pattern, value_dim=3, bias_initializer="normal", seed=1)
+    theirs = keras.layers.MultiHeadAttention(2, 4, value_dim=3)
+    ours(x)
+    theirs(x, x)
+    theirs.set_weights(ours.get_weights())
+    mask = np.stack([pattern.mask(13, head) for head in range(2)])
+    some = mask.any(-1).all(0)  # Keras makes something of a row without a key
+    want, want_scores = theirs(x, x, attention_mask=mask[None], return_attention_scores=True)
+    got, scores = ours(x, return_attention_scores=True)
+    for output in (got, ours(x), ours(x, x, x), tf.function(ours)(x)):
+        np.testing.assert_allclose(output.numpy()[:, some], want.numpy()[:, some], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores.numpy()[:, :, some], want_scores.numpy()[:, :, some], rtol=1e-4, atol=1e-5)
+    assert (scores.numpy()[:, ~mask] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_attention_weights_are_the_scores_of_the_patterns_own_keys(pattern):
+    x = vectors()
+    layer = SparseAttention(2, 4, pattern)
+    _, scores = layer(x, return_attention_scores=True)
+    maps = layer.attention_weights(x, [0, 5, 12])
+    assert len(maps) == 2
+    for head, of_head in enumerate(maps):
+        for position, (keys, weights) in zip([0, 5, 12], of_head, strict=True):
+            np.testing.assert_array_equal(keys, pattern.keys(position, head))
+            np.testing.assert_allclose(weights, scores.numpy()[:, head, position][:, keys], rtol=1e-4, atol=1e-6)
+
+
+def test_modes_are_the_papers_three_integrations():
+    def of(layer, head):
+        return layer.pattern.for_head(head)
+
+    local, strided = patterns.Local(4), patterns.Strided(4)
+    assert of(StridedAttention(2, 4, 4), 1) == local | strided
+    assert of(StridedAttention(2, 4, 4, mode="local"), 1) == local
+    assert of(StridedAttention(2, 4, 4, mode="strided"), 0) == strided
+    both = StridedAttention(2, 4, 4, mode="multihead")
+    assert (of(both, 0), of(both, 1)) == (local, strided)
+    assert of(FixedAttention(2, 4, 4, 2), 1) == patterns.Fixed(4, 2, sub_block=1)
+    assert of(FixedAttention(2, 4, 4, 2, mode="block"), 1) == patterns.OwnBlock(4)
+    assert of(FixedAttention(2, 4, 4, 2, mode="summary"), 1) == patterns.Summary(4, 2, 1)
+    both = FixedAttention(2, 4, 4, 2, mode="multihead")
+    assert (of(both, 0), of(both, 1)) == (patterns.OwnBlock(4), patterns.Summary(4, 2, 1))
+
+
+def test_padding_by_lengths_or_mask_changes_nothing_before_it():
+    layer = StridedAttention(2, 4, 4)
+    x = vectors(batch=3)
+    lengths = np.array([13, 6, 0])
+    mask = np.arange(13) < lengths[:, None]
+    got = layer(x, lengths=lengths)
+    alone = layer(x[1:2, :6])
+    np.testing.assert_allclose(got[1:2, :6], alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(got[0], layer(x)[0])
+    for masked in (layer(x, mask=mask), layer(x, x, query_mask=mask)):
+        np.testing.assert_array_equal(masked, got)
+    through_keras = keras.layers.Masking()(tf.where(mask[:, :, None], x, 0))
+    output = layer(through_keras)
+    np.testing.assert_allclose(output[mask], got[mask], rtol=1e-5, atol=1e-6)
+    scores = layer(x, lengths=lengths, return_attention_scores=True)[1]
+    assert (scores.numpy()[1, :, 6:] == 0).all() and (scores.numpy()[1, :, :, 6:] == 0).all()
+
+
+def test_padding_on_the_left_is_refused():
+    mask = np.arange(13)[None] >= 4
+    with pytest.raises(tf.errors.InvalidArgumentError, match="on the right"):
+        StridedAttention(2, 4, 4)(vectors(batch=1), mask=mask)
+
+
+def test_output_shape_of_several_axes_and_dynamic_shapes():
+    layer = SparseAttention(2, 4, patterns.Local(3), output_shape=(5, 6))
+    assert layer(vectors()).shape == (2, 13, 5, 6)
+    assert layer(keras.Input((None, 8))).shape == (None, None, 5, 6)
+    dynamic = tf.function(layer, input_signature=[tf.TensorSpec([None, None, 8])])
+    np.testing.assert_allclose(dynamic(vectors(3, 9)).shape, [3, 9, 5, 6])
+
+
+def test_seed_fixes_each_kernel_and_makes_no_two_equal():
+    first, second = (StridedAttention(2, 4, 4, seed=3) for _ in range(2))
+    x = vectors()
+    np.testing.assert_array_equal(first(x), second(x))
+    assert not np.array_equal(first.query_dense.kernel, first.key_dense.kernel)
+    other = StridedAttention(2, 4, 4, kernel_initializer=keras.initializers.HeNormal(), seed=4)
+    assert not np.array_equal(other(x), first(x))
+
+
+def test_output_initializer_is_the_output_kernels_alone():
+    layer = StridedAttention(2, 4, 4, output_initializer="zeros")
+    assert (layer(vectors()).numpy() == 0).all()
+    assert np.any(layer.query_dense.kernel)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(num_heads=0), "num_heads=0"),
+        (dict(key_dim=2.0), "key_dim=2.0"),
+        (dict(value_dim=-1), "value_dim=-1"),
+        (dict(output_shape=(1, 1, 1, 1)), "output_shape"),
+        (dict(pattern="strided"), "pattern='strided'"),
+        (dict(pattern=patterns.Blocks(np.ones((3, 2, 2), bool), 4)), r"num_heads=2|\(3, 2, 2\)"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        SparseAttention(**{"num_heads": 2, "key_dim": 4, "pattern": PATTERNS[0], **arguments})
+
+
+def test_refuses_bad_calls():
+    layer = StridedAttention(2, 4, 4)
+    with pytest.raises(ValueError, match="use_causal_mask=False"):
+        layer(vectors(), use_causal_mask=False)
+    with pytest.raises(ValueError, match="Received shapes"):
+        layer(vectors(positions=5), vectors(positions=6))
+    with pytest.raises(ValueError, match="mode='both'"):
+        StridedAttention(2, 4, 4, mode="both")
+    with pytest.raises(ValueError, match="mode='both'"):
+        FixedAttention(2, 4, 4, 1, mode="both")

@@ -1,0 +1,74 @@
+"""SequenceEmbedding: tables, shift, limits and initial values."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from stf.layers import SequenceEmbedding, paper_initializer
+
+AXES = (2, 3, 2)
+
+
+def tokens(positions=12):
+    return np.random.default_rng(0).integers(0, 7, (3, positions)).astype("uint8")
+
+
+def test_adds_token_and_place_then_shifts():
+    layer = SequenceEmbedding(7, 5, AXES)
+    x = tokens()
+    got = layer(x).numpy()
+    table = layer.tokens.numpy()
+    row, column, channel = (place.numpy() for place in layer.places)
+    for b in range(3):
+        np.testing.assert_array_equal(got[b, 0], layer.start.numpy())
+        for t in range(1, 12):
+            r, c, k = np.unravel_index(t - 1, AXES)
+            want = table[x[b, t - 1]] + row[r] + column[c] + channel[k]
+            np.testing.assert_allclose(got[b, t], want, rtol=1e-5, atol=1e-6)
+
+
+def test_one_step_is_one_position_of_the_call():
+    layer = SequenceEmbedding(7, 5, AXES)
+    x = tokens()
+    whole = layer(x)
+    step = tf.function(layer.step)
+    for t in range(12):
+        before = x[:, t - 1].astype("int32")
+        np.testing.assert_allclose(step(before, tf.constant(t)), whole[:, t : t + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 5])
+def test_takes_shorter_sequences_also_of_dynamic_length(positions):
+    layer = SequenceEmbedding(7, 5, AXES)
+    whole = layer(tokens())
+    dynamic = tf.function(layer, input_signature=[tf.TensorSpec([None, None], tf.uint8)])
+    for call in (layer, dynamic):
+        np.testing.assert_allclose(call(tokens()[:, :positions]), whole[:, :positions], rtol=1e-5, atol=1e-7)
+
+
+def test_refuses_longer_sequences():
+    layer = SequenceEmbedding(7, 5, AXES)
+    with pytest.raises(ValueError, match="12 positions"):
+        layer(tokens(13))
+    dynamic = tf.function(layer, input_signature=[tf.TensorSpec([None, None], tf.uint8)])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="12 positions"):
+        dynamic(tokens(13))
+    with pytest.raises(ValueError, match="width=0"):
+        SequenceEmbedding(7, 0, AXES)
+    with pytest.raises(ValueError, match="reading='other'"):
+        SequenceEmbedding(7, 5, AXES, reading="other")
+
+
+def test_initial_values_follow_the_paper():
+    layer = SequenceEmbedding(400, 256, (400, 2), seed=1)
+    layer(tokens())
+    assert np.std(layer.tokens) == pytest.approx((0.125 / 256) ** 0.5, rel=0.02)
+    assert np.std(layer.places[0]) == pytest.approx((0.125 / 512) ** 0.5, rel=0.02)
+    assert not np.array_equal(layer.tokens, layer.places[0])
+    stddev = {
+        reading: paper_initializer(256, 0.5, reading).get_config()["stddev"]
+        for reading in ("released", "standard_deviation", "variance")
+    }
+    assert stddev == pytest.approx(
+        {"released": 0.011049, "standard_deviation": 0.00390625, "variance": 0.0441942}, rel=1e-4
+    )

@@ -1,0 +1,166 @@
+"""SparseTransformer: presets, the shift, the parts' places, refusals. What every layer keeps: tests/layers."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import stf
+from stf.models import PRESETS, SparseTransformer
+
+PATTERNS = [stf.patterns.Local(4), stf.patterns.Strided(4)]
+
+
+def make(**arguments):
+    defaults = dict(
+        length=24,
+        position_shape=(6, 4),
+        patterns=PATTERNS,
+        num_blocks=3,
+        num_heads=2,
+        model_dim=8,
+        vocab_size=11,
+        seed=1,
+    )
+    model = SparseTransformer(**(defaults | arguments))
+    model.logits.kernel.assign(np.random.default_rng(0).normal(size=model.logits.kernel.shape))  # it starts at 0
+    return model
+
+
+def tokens(batch=2, positions=24, vocab_size=11, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch, positions)).astype("int32")
+
+
+def test_cifar10_has_the_papers_59_million_parameters():
+    model = SparseTransformer.from_preset("cifar10")
+    assert model.count_params() == 59_196_928
+    assert len(model.blocks) == 128
+    assert [block.attention.pattern for block in model.blocks[:2]] == [stf.patterns.Local(96), stf.patterns.Strided(96)]
+
+
+def test_presets_are_copies_and_take_other_arguments():
+    small = SparseTransformer.from_preset("cifar10-small", num_blocks=1, vocab_size=16)
+    assert (small.num_blocks, small.vocab_size) == (1, 16)
+    assert PRESETS["cifar10-small"]["num_blocks"] == 2
+    with pytest.raises(ValueError, match="preset='cifar100'"):
+        SparseTransformer.from_preset("cifar100")
+
+
+def test_first_loss_is_that_of_the_uniform_distribution():
+    model = SparseTransformer.from_preset("cifar10-small", length=30)
+    x = tokens(positions=30, vocab_size=256)
+    loss = stf.training.cross_entropy()(x, model(x))
+    assert float(loss) == pytest.approx(np.log(256), rel=1e-6)
+
+
+def test_no_logit_sees_its_own_token_or_a_later_one():
+    model, x = make(), tokens()
+    before = model(x).numpy()
+    for t in (0, 7, 23):
+        changed = x.copy()
+        changed[:, t] = (changed[:, t] + 1) % 11
+        after = model(changed).numpy()
+        np.testing.assert_array_equal(after[:, : t + 1], before[:, : t + 1])
+        if t < 23:
+            assert not np.array_equal(after[:, t + 1], before[:, t + 1])
+
+
+def test_interleaved_heads_reach_every_earlier_token_in_two_blocks():
+    """p = 2 hops (Section 4.2): with one local and one strided block any token reaches any later position."""
+    model = make(num_blocks=2)
+    hidden = tf.Variable(tf.random.stateless_normal([1, 24, 8], [1, 2]))
+    with tf.GradientTape() as tape:
+        x = hidden
+        for block in model.blocks:
+            x = block(x)
+        last = tf.reduce_sum(x[:, -1] ** 2)
+    assert np.all(np.abs(tape.gradient(last, hidden).numpy()).max(-1) > 0)
+
+
+def test_shorter_sequences_and_dynamic_shapes():
+    model, x = make(), tokens()
+    whole = model(x).numpy()
+    call = tf.function(model, input_signature=[tf.TensorSpec([None, None], tf.int32)])
+    for positions in (1, 5, 23):
+        for function in (model, call):
+            np.testing.assert_allclose(function(x[:, :positions]), whole[:, :positions], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="length=24"):
+        model(tokens(positions=25))
+
+
+def test_w_p_and_w_2_start_smaller_by_the_root_of_twice_the_depth():
+    model = make(num_blocks=8, model_dim=64)
+    block = model.blocks[0]
+    pairs = [
+        (block.hidden_dense.kernel, 64, 1),
+        (block.output_dense.kernel, 256, 4),
+        (block.attention.query_dense.kernel, 64, 1),
+        (block.attention.output_dense.kernel, 64, 4),
+    ]
+    for kernel, fan_in, smaller in pairs:
+        assert np.std(kernel) * smaller == pytest.approx((0.125 / fan_in) ** 0.5, rel=0.05)
+
+
+def test_seed_fixes_all_weights_and_makes_no_two_blocks_alike():
+    first, second, other = make(), make(), make(seed=2)
+    for a, b in zip(first.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernels = [block.attention.query_dense.kernel.numpy() for block in (*first.blocks, other.blocks[0])]
+    assert len({kernel.tobytes() for kernel in kernels}) == 4
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fit_learns_a_repeated_sequence(policy, recompute):
+    keras.config.set_dtype_policy(policy)
+    try:
+        keras.utils.set_random_seed(1)
+        model = make(recompute=recompute, dropout=0.01)
+        x = np.tile(tokens(batch=1), (4, 1))
+        model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy(), metrics=[stf.training.BitsPerDim()])
+        history = model.fit(x, x, epochs=25, batch_size=4, verbose=0).history
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert history["bits_per_dim"][-1] < 0.5 * history["bits_per_dim"][0]
+    np.testing.assert_allclose(history["bits_per_dim"], np.array(history["loss"]) / np.log(2), rtol=1e-3)
+
+
+def test_trained_model_is_saved_with_its_optimizer(tmp_path):
+    model, x = make(), tokens(batch=4)
+    model.compile(stf.training.optimizer(1e-3), stf.training.cross_entropy())
+    model.fit(x, x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(again(x), model(x))
+    for either in (model, again):
+        either.fit(x, x, verbose=0)
+    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_attention_weights_are_those_of_the_blocks():
+    model, x = make(), tokens()
+    weights = model.attention_weights(x, [3, 20], blocks=[1])
+    hidden = model.hidden(tf.constant(x))[1]
+    block = model.blocks[1]
+    _, scores = block.attention(block.attention_norm(hidden), return_attention_scores=True)
+    for head in range(2):
+        for position, (keys, of_keys) in zip([3, 20], weights[0][head], strict=True):
+            np.testing.assert_allclose(of_keys, scores.numpy()[:, head, position][:, keys], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(length=0), "length=0"),
+        (dict(num_blocks=0), "num_blocks=0"),
+        (dict(position_shape=(5, 4)), r"position_shape=\(5, 4\)"),
+        (dict(num_heads=3), "num_heads=3"),
+        (dict(patterns=[]), r"patterns=\[\]"),
+        (dict(init="other"), "reading='other'"),
+        (dict(dropout=1.0), "dropout=1.0"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        make(**arguments)

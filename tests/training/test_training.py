@@ -1,0 +1,85 @@
+"""The recipe's parts: schedule, decay, clipping, the loss scale's floor, bits per dim."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from stf.training import AdamW, BitsPerDim, LossScale, WarmupCosine, cross_entropy, optimizer
+
+
+def test_schedule_rises_linearly_and_falls_as_a_cosine():
+    rate = WarmupCosine(0.5, total_steps=110, warmup_steps=10)
+    rates = np.array([float(rate(step)) for step in range(112)])
+    np.testing.assert_allclose(rates[:10], 0.05 * np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(rates[10:110], 0.25 * (1 + np.cos(np.pi * np.arange(100) / 100)), rtol=1e-4, atol=1e-7)
+    assert rates[110] == rates[111] == 0
+    again = WarmupCosine.from_config(rate.get_config())
+    assert float(again(37)) == rates[37]
+    with pytest.raises(ValueError, match="warmup_steps=6"):
+        WarmupCosine(1.0, total_steps=5, warmup_steps=6)
+
+
+def test_only_tensors_of_two_or_more_dimensions_decay():
+    matrix, vector = keras.Variable(np.ones((2, 3))), keras.Variable(np.ones(3))
+    adam = AdamW(0.1, weight_decay=0.5)
+    adam.build([matrix, vector])
+    adam.apply([tf.zeros([2, 3]), tf.zeros([3])], [matrix, vector])
+    np.testing.assert_allclose(matrix, np.full((2, 3), 1 - 0.1 * 0.5), rtol=1e-6)
+    np.testing.assert_array_equal(vector, np.ones(3))
+
+
+def test_gradients_are_clipped_to_a_global_norm_of_1_and_the_norm_is_told():
+    seen = []
+    for size in (1.0, 100.0):
+        weight = keras.Variable(np.zeros((2, 2)))
+        adam = optimizer(0.1, weight_decay=0.0, epsilon=1.0)  # so large an epsilon shows the gradient's size
+        adam.build([weight])
+        adam.apply([tf.fill([2, 2], size)], [weight])
+        seen.append((weight.numpy(), float(adam.gradient_norm)))
+    np.testing.assert_allclose(seen[0][0], seen[1][0], rtol=1e-5)
+    assert [norm for _, norm in seen] == pytest.approx([2.0, 200.0])
+
+
+def test_loss_scale_stops_at_its_floor_and_recovers():
+    weight = keras.Variable(1.0)
+    scale = LossScale(keras.optimizers.SGD(0.1), initial_scale=2.0**12, floor=2.0**10, dynamic_growth_steps=3)
+    scale.build([weight])
+    for _ in range(60):
+        scale.apply([tf.constant(np.inf)], [weight])
+    assert float(scale.dynamic_scale) == 2.0**10
+    assert weight.numpy() == 1.0  # skipped
+    for _ in range(3):
+        scale.apply([tf.constant(2.0**10)], [weight])
+    assert float(scale.dynamic_scale) == 2.0**11
+    assert weight.numpy() == pytest.approx(0.7)
+    assert LossScale.from_config(scale.get_config()).floor == 2.0**10
+    with pytest.raises(ValueError, match="floor=0"):
+        LossScale(keras.optimizers.SGD(), floor=0)
+
+
+def test_optimizer_scales_the_loss_under_mixed_float16_alone():
+    for policy, kind in (("float32", AdamW), ("mixed_bfloat16", AdamW), ("mixed_float16", LossScale)):
+        keras.config.set_dtype_policy(policy)
+        try:
+            assert type(optimizer(1e-3)) is kind
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+
+def test_bits_per_dim_is_the_mean_over_all_tokens_of_all_batches():
+    random = np.random.default_rng(0)
+    metric, nats = BitsPerDim(), []
+    for batch in (3, 1):
+        tokens, logits = random.integers(0, 7, (batch, 5)), random.normal(size=(batch, 5, 7)).astype("float32")
+        metric.update_state(tokens, logits)
+        probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        nats += list(-np.log(np.take_along_axis(probabilities, tokens[..., None], -1)).ravel())
+    assert float(metric.result()) == pytest.approx(np.mean(nats) / np.log(2), rel=1e-5)
+    metric.reset_state()
+    metric.update_state(tokens, np.zeros((1, 5, 7), "float32"))
+    assert float(metric.result()) == pytest.approx(np.log2(7), rel=1e-6)
+    assert float(cross_entropy()(tokens, np.zeros((1, 5, 7), "float32"))) == pytest.approx(np.log(7), rel=1e-6)
+    metric.reset_state()
+    metric.update_state(tokens, logits, sample_weight=np.array([[1, 0, 0, 0, 0]]))
+    assert float(metric.result()) == pytest.approx(nats[-5] / np.log(2), rel=1e-5)
