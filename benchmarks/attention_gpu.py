@@ -1,0 +1,316 @@
+"""Attention on the GPU, beside its peers and its floor, all measured in one run.
+
+    python benchmarks/attention_gpu.py                         # the table, and benchmarks/results/attention_h200.json
+    python benchmarks/attention_gpu.py --only=local --peers=   # rows whose pattern has the word, ours alone
+
+Cold L2 (a large buffer is read before each call), device events, medians; results are checked first. The floor of a row
+is the larger of its exact floating-point operations over the matmul rate and its least bytes over the copy rate, both
+measured first; its share is floor / time. Peers: FlexAttention with the same mask, SDPA on the transposed sequence
+(strided), dense causal SDPA with the flash and the cuDNN back ends. Needs PyTorch, nvcc and an NVIDIA GPU; TensorFlow
+is not needed.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import pathlib
+import platform
+import sys
+
+import numpy as np
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+_SPEC = importlib.util.spec_from_file_location(
+    "torch_binding", HERE.parent / "custom_ops" / "attention" / "cuda" / "torch_binding.py"
+)
+torch_binding = sys.modules["torch_binding"] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(torch_binding)
+patterns = torch_binding.import_patterns()
+Causal, Local, Strided, Fixed = patterns.Causal, patterns.Local, patterns.Strided, patterns.Fixed
+
+CIFAR10, ENWIK8, IMAGENET64 = (
+    (16, 2, 3072, 64, 128),
+    (4, 8, 12288, 64, 64),
+    (4, 16, 12288, 32, 32),
+)  # batch, heads, n, d_qk, d_v
+AUDIO, LONG_AUDIO = (1, 8, 65536, 64, 64), (1, 4, 1048576, 32, 32)
+ROWS = [
+    (CIFAR10, Local(128), (0.60, 0.50)),
+    (CIFAR10, Strided(128), (0.55, 0.45)),
+    (CIFAR10, Strided(96), (0.55, 0.45)),
+    (CIFAR10, Local(128) | Strided(128), (0.45, 0.40)),
+    (ENWIK8, Causal(), (0.65, 0.62)),
+    (ENWIK8, Fixed(128, 32), (0.50, 0.45)),
+    (IMAGENET64, Local(128), (0.55, 0.45)),
+    (IMAGENET64, Strided(128), (0.50, 0.45)),
+    (AUDIO, Local(256), (0.55, 0.45)),
+    (AUDIO, Strided(256), (0.55, 0.45)),
+    (LONG_AUDIO, Local(1024), (0.50, 0.45)),
+    (LONG_AUDIO, Strided(1024), (0.50, 0.45)),
+]
+PASSES = "forward", "forward+backward"
+
+
+class Timer:
+    """Median milliseconds on the device, with a cold L2."""
+
+    def __init__(self):
+        self.buffer = torch.zeros(64 << 20, device="cuda")
+
+    def __call__(self, call, repeats=20, warm=3):
+        for _ in range(warm):
+            call()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.buffer.sum()  # reads: the cache holds nothing of ours, and nothing that is to be written back
+            torch.cuda._sleep(1_000_000)  # the host is ahead of the device, so that launches cost nothing
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        return float(np.median(times))
+
+
+def rates(timer):
+    """(FLOP/s of a bfloat16 matmul of 8192^3, bytes/s of a copy, read plus write)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matmul = 2 * 8192**3 / timer(lambda: a @ b) * 1e3
+    source = torch.randn(512 << 20, device="cuda")
+    target = torch.empty_like(source)
+    return matmul, 2 * source.nbytes / timer(lambda: target.copy_(source)) * 1e3
+
+
+def inputs(shape, dtype):
+    batch, heads, n, key_depth, value_depth = shape
+    torch.manual_seed(0)
+    depths = key_depth, key_depth, value_depth, value_depth
+    return [torch.randn(batch, n, heads, depth, device="cuda").to(dtype) for depth in depths]
+
+
+def ours(pattern, query, key, value, grad):
+    """(forward, forward and backward) calls, and the tensors that they write."""
+    attention = torch_binding.Attention(query, value, pattern)
+    batch, n, heads, _ = query.shape
+    output, grads = torch.empty_like(value), [torch.empty_like(x) for x in (query, key, value)]
+    log_sum_exp = torch.empty(batch, heads, n, device="cuda")
+
+    def forward():
+        attention.forward(query, key, value, output, log_sum_exp)
+
+    def both():
+        forward()
+        attention.backward(query, key, value, output, log_sum_exp, grad, None, *grads)
+
+    return (forward, both), (output, log_sum_exp, *grads)
+
+
+def check(pattern, arrays, results):
+    """Sampled rows of output and query gradient against float64, and two identities that tie all gradients together."""
+    query, key, value, grad = arrays
+    output, log_sum_exp, query_grad, key_grad, value_grad = results
+    assert not any(torch.isnan(x).any() for x in results), "NaN"
+    batch, n, heads, depth = query.shape
+    draw = np.random.default_rng(0)
+    worst = 0.0
+    for sample in range(24):
+        b, h, i = sample % batch, sample % heads, int(draw.integers(n))
+        keys = torch.from_numpy(pattern.keys(i, h)).cuda()
+        if not len(keys):
+            continue
+        q, k, v, g = (
+            query[b, i, h].double(),
+            key[b, keys, h].double(),
+            value[b, keys, h].double(),
+            grad[b, i, h].double(),
+        )
+        score = k @ q / math.sqrt(depth)
+        weight = torch.softmax(score, 0)
+        out = weight @ v
+        expected = out, torch.logsumexp(score, 0), (weight * (v @ g - out @ g)) @ k / math.sqrt(depth)
+        found = output[b, i, h], log_sum_exp[b, h, i], query_grad[b, i, h]
+        sizes = v.norm() / len(keys) ** 0.5, 1.0, g.norm()  # of one value, of a score, of a gradient
+        worst = max(
+            worst,
+            *(((x - y).norm() / max(y.norm(), z)).item() for x, y, z in zip(found, expected, sizes, strict=True)),
+        )
+    assert worst < 2e-2, f"relative error {worst}"
+    if all(len(pattern.keys(0, h)) for h in range(heads)):
+        sums = value_grad.double().sum(1), grad.double().sum(1)
+        assert (sums[0] - sums[1]).norm() < 1e-2 * sums[1].norm(), "value_grad does not add up"
+    products = [(x.double() * y.double()).sum((1, 3)) for x, y in ((query, query_grad), (key, key_grad))]
+    size = (query.double() * query_grad.double()).norm()
+    assert (products[0] - products[1]).abs().max() < 1e-2 * size + 1e-3, "query_grad and key_grad do not agree"
+    return worst
+
+
+def autograd(attend, arrays):
+    """(forward, forward and backward) calls of a PyTorch function of query, key and value."""
+    *tensors, grad = arrays
+    leaves = [x.detach().requires_grad_() for x in tensors]
+
+    def forward():
+        with torch.no_grad():
+            return attend(*tensors)
+
+    def both():
+        for leaf in leaves:
+            leaf.grad = None
+        attend(*leaves).backward(grad)
+
+    return forward, both
+
+
+def peers(pattern, arrays, chosen):
+    """Yields (name, calls) of what a user has elsewhere."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    query = arrays[0]
+    _, n, heads, _ = query.shape
+
+    def dense(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(
+                    1, 2
+                )
+
+        return attend
+
+    def transposed(q, k, v):
+        l = pattern.stride
+        rows = (x.reshape(x.shape[0], n // l, l * heads, -1).transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2).reshape(v.shape)
+
+    if "sdpa" in chosen and isinstance(pattern, Strided):
+        yield "sdpa transposed", autograd(transposed, arrays)
+    if "sdpa" in chosen and n <= 65536:
+        yield "sdpa dense flash", autograd(dense(SDPBackend.FLASH_ATTENTION), arrays)
+        yield "sdpa dense cudnn", autograd(dense(SDPBackend.CUDNN_ATTENTION), arrays)
+    if "flex" in chosen and n <= 12288:
+        yield "flex attention", autograd(flex(pattern, n, heads), arrays)
+
+
+def mask_function(leaf):
+    """FlexAttention's mask of a leaf pattern."""
+    if isinstance(leaf, Local):
+        return lambda b, h, i, j: (i >= j) & (i - j <= leaf.window)
+    if isinstance(leaf, Strided):
+        return lambda b, h, i, j: (i >= j) & ((i - j) % leaf.stride == 0)
+    if isinstance(leaf, patterns.OwnBlock):
+        return lambda b, h, i, j: (i >= j) & (i // leaf.stride == j // leaf.stride)
+    if isinstance(leaf, patterns.Summary):
+        blocks = leaf.stride // leaf.summary
+
+        def summary(b, h, i, j):
+            end = leaf.stride - leaf.summary * (h % blocks)
+            return (i >= j) & (j % leaf.stride < end) & (j % leaf.stride >= end - leaf.summary)
+
+        return summary
+    return lambda b, h, i, j: i >= j
+
+
+def flex(pattern, n, heads):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention, or_masks
+
+    parts = getattr(pattern, "parts", None) or [pattern]
+    mask = or_masks(*(mask_function(part) for part in parts))
+    block_mask = create_block_mask(mask, None, heads, n, n, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q, k, v):
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask).transpose(1, 2)
+
+    return attend
+
+
+def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
+    """Rows of ours and the peers."""
+    batch, heads, n, key_depth, value_depth = shape
+    arrays = inputs(shape, dtype)
+    calls, results = ours(pattern, *arrays)
+    for x in results:
+        x.fill_(torch.nan)
+    calls[1]()
+    torch.cuda.synchronize()
+    check(pattern, arrays, results)
+    sizes = dict(key_dim=key_depth, value_dim=value_depth, num_heads=heads, batch=batch)
+
+    def row(name, which, ms, peak=None):
+        backward = which == PASSES[1]
+        flops = pattern.flops(n, backward=backward, **sizes)
+        moved = pattern.bytes(n, backward=backward, itemsize=dtype.itemsize, **sizes)
+        floor = 1e3 * max(flops / matmul, moved / copy)
+        r = dict(shape=list(shape), pattern=repr(pattern), dtype=str(dtype), implementation=name)
+        r |= {"pass": which, "ms": ms, "floor_ms": floor, "share": floor / ms, "peak_bytes": peak}
+        print(
+            f"{shape!s:28s} {repr(pattern)[:34]:34s} {str(dtype)[6:]:9s}{name:18s}{which:17s}"
+            f"{ms:9.4f} ms  floor {floor:8.4f}  share {r['share']:5.3f}",
+            flush=True,
+        )
+        return r
+
+    rows = []
+    for index, which in enumerate(PASSES):
+        peak = 0 if index == 0 else batch * heads * n * 4
+        rows.append(row("stf", which, timer(calls[index]), peak))
+    for name, peer in peers(pattern, arrays, chosen):
+        for index, which in enumerate(PASSES):
+            try:
+                peer[index]()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                peer[index]()
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() - before
+                rows.append(row(name, which, timer(peer[index], repeats=10), peak))
+            except RuntimeError as error:
+                print(f"{name} {which}: {str(error).splitlines()[0][:120]}", flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run only rows whose shape and pattern contain this")
+    parser.add_argument("--peers", default="sdpa,flex", help="which peers to run beside ours")
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--output", default=str(HERE / "results" / "attention_h200.json"))
+    options = parser.parse_args()
+    timer = Timer()
+    matmul, copy = rates(timer)
+    print(
+        f"{torch.cuda.get_device_name()}: matmul 8192^3 {matmul / 1e12:.0f} TFLOP/s bfloat16, "
+        f"copy {copy / 1e9:.0f} GB/s"
+    )
+    rows, short = [], []
+    for shape, pattern, targets in ROWS:
+        if options.only.lower() not in f"{shape} {pattern!r}".lower():
+            continue
+        for dtype in options.dtypes.split(","):
+            found = measure(shape, pattern, getattr(torch, dtype), timer, matmul, copy, options.peers.split(","))
+            rows += found
+            reached = [r["share"] for r in found if r["implementation"] == "stf"]
+            short += [(shape, pattern, p, s, t) for p, s, t in zip(PASSES, reached, targets, strict=True) if s < t]
+            torch.cuda.empty_cache()
+    for shape, pattern, which, share, target in short:
+        print(f"short of its target: {shape} {pattern!r} {which}: {share:.3f} < {target}")
+    result = {
+        "machine": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "command": "python benchmarks/attention_gpu.py",
+        "matmul_flops": matmul,
+        "copy_bytes_per_second": copy,
+        "rows": rows,
+    }
+    pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

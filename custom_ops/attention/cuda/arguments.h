@@ -1,0 +1,62 @@
+// What host and kernels share: a call's tensors, and one launch's programs and numbering of work.
+//
+// Legend: B batch, T positions, H heads, D depth. A launch walks *sequences* of queries: query m of sequence s stands at position
+// s * sequence_step + m * step. Plain positions are one sequence with step 1; stride l has l sequences with step l; own blocks of l are
+// T / l sequences with step 1, l positions apart.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_ARGUMENTS_H_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_ARGUMENTS_H_
+
+#include <stdint.h>
+
+#include "custom_ops/attention/problem.h"
+
+namespace stf {
+namespace cuda {
+
+// stf_component in 32 bits: clamped to the number of positions, which changes no set. `bits` is where a block layout begins.
+struct Component {
+  int32_t kind, a, b, c, d;
+  int64_t bits;
+  uint64_t exclude;
+  uint32_t reciprocal, shift;  // summary: x / (c - b) is x * reciprocal >> shift, for 0 <= x < 2^31
+};
+
+struct Arguments {
+  stf_tensor query, key, value, output;
+  float* log_sum_exp;      // [B, H, T]
+  stf_tensor output_grad;  // from here on: backward
+  const float* log_sum_exp_grad;
+  stf_tensor query_grad, key_grad, value_grad;
+  stf_tensor query_partial, key_partial, value_partial;  // float: gradients between launches
+  float* delta;                                          // [B, H, T]: sum of output * output_grad over depth, less log_sum_exp_grad
+  const int32_t* lengths;                                // [B] or null
+  const uint8_t* layouts;
+  int32_t batch, positions, heads, key_depth, value_depth;
+  float scale;
+  bool vector;  // whether rows may be read and written 16 bytes at a time
+};
+
+constexpr int kMostComponents = 64;  // in a launch; a single head has 63 at the most
+constexpr int kMostPrograms = 64;
+
+struct Launch {
+  Component components[kMostComponents];
+  uint64_t members[kMostPrograms];  // of a program's components, those that this launch is about; bit 0 is `begin`
+  int16_t begin[kMostPrograms];     // a program's first component
+  int32_t number[kMostPrograms];    // of the program: heads number, number + period, ... run it
+  int32_t programs, period, component_count;
+  int32_t head_slots;                               // programs * the most heads that one of them has
+  int32_t sequences, sequence_step, step, longest;  // longest: positions of the longest sequence
+  int32_t tiles;                                    // of the longest sequence, or of the keys; packed: groups of sequences
+  bool first, last;                                 // whether nothing was, or will be, added to the queries' results by other launches
+  bool key_first, key_last;                         // the same of the keys' gradients
+  bool key_write;                                   // whether the keys' gradients are written: last, or the last that has some of the keys
+  bool groups;                                      // whether warpgroups do it (group_kernels.cuh)
+  bool extra;                                       // whether some component is a block layout or leaves out others
+  int32_t packed_rows;                              // packed: rows of a tile that a sequence takes
+};
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_ARGUMENTS_H_

@@ -1,0 +1,123 @@
+// The entry points: checks, the plan of a call, its launches.
+#include "custom_ops/attention/cuda/attention.h"
+
+#include "custom_ops/attention/cuda/plan.h"
+
+namespace {
+
+using namespace stf::cuda;  // NOLINT: this file is the library's face
+
+size_t ElementSize(const stf_problem& problem) { return problem.dtype == STF_FLOAT32 ? 4 : 2; }
+
+bool Aligned(const stf_problem& problem, const stf_tensor& tensor) {
+  const int64_t chunk = 16 / ElementSize(problem);
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % chunk == 0 && tensor.position_stride % chunk == 0 &&
+         tensor.head_stride % chunk == 0;
+}
+
+bool Valid(const stf_problem& problem) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  return problem.batch >= 0 && problem.batch < kMost && problem.positions >= 0 && problem.positions < kMost && problem.heads >= 0 &&
+         problem.heads < kMost && problem.key_depth > 0 && problem.value_depth > 0 && FindDepths(problem) >= 0 && problem.programs > 0 &&
+         problem.dtype >= STF_FLOAT32 && problem.dtype <= STF_FLOAT16;
+}
+
+Arguments Common(const stf_problem& problem, std::initializer_list<const stf_tensor*> tensors) {
+  Arguments args = {};
+  args.lengths = problem.lengths;
+  args.layouts = problem.layouts;
+  args.batch = static_cast<int32_t>(problem.batch);
+  args.positions = static_cast<int32_t>(problem.positions);
+  args.heads = static_cast<int32_t>(problem.heads);
+  args.key_depth = static_cast<int32_t>(problem.key_depth);
+  args.value_depth = static_cast<int32_t>(problem.value_depth);
+  args.scale = problem.scale;
+  const int64_t chunk = 16 / ElementSize(problem);
+  args.vector = problem.key_depth % chunk == 0 && problem.value_depth % chunk == 0;
+  for (const stf_tensor* tensor : tensors) args.vector = args.vector && Aligned(problem, *tensor);
+  return args;
+}
+
+int RunPlan(const stf_problem& problem, const Plan& plan, const Arguments& args, void* stream) {
+  for (const auto& [pass, launch] : plan) {
+    const cudaError_t error = Run(problem, pass, args, launch, static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// Whether gradients are summed over several launches in a dtype that would round them in between.
+bool NeedsPartial(const stf_problem& problem, const Plan& plan) {
+  if (problem.dtype == STF_FLOAT32) return false;
+  for (const auto& [pass, launch] : plan) {
+    if ((pass != kKeyGrad && !launch.last) || (pass != kQueryGrad && !launch.key_last)) return true;
+  }
+  return false;
+}
+
+size_t DeltaBytes(size_t rows) { return (rows * sizeof(float) + 15) / 16 * 16; }
+
+// A float [B, T, H, depth] tensor at *memory, which is moved behind it.
+stf_tensor TakePartial(const stf_problem& problem, int64_t depth, float** memory) {
+  const stf_tensor tensor = {*memory, problem.positions * problem.heads * depth, problem.heads * depth, depth};
+  *memory += problem.batch * tensor.batch_stride;
+  return tensor;
+}
+
+bool Empty(const stf_problem& problem) { return problem.batch == 0 || problem.positions == 0 || problem.heads == 0; }
+
+}  // namespace
+
+size_t stf_attention_cuda_forward_workspace(const stf_problem*) { return 0; }
+
+size_t stf_attention_cuda_backward_workspace(const stf_problem* problem) {
+  const size_t rows = problem->batch * problem->heads * problem->positions;
+  const bool partial = Valid(*problem) && !Empty(*problem) && NeedsPartial(*problem, PlanBackward(*problem, false));
+  return DeltaBytes(rows) + (partial ? rows * (2 * problem->key_depth + problem->value_depth) * sizeof(float) : 0);
+}
+
+int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
+                               const stf_tensor* output, float* log_sum_exp, void*, void* stream) {
+  if (!Valid(*problem)) return cudaErrorInvalidValue;
+  if (Empty(*problem)) return cudaSuccess;
+  Arguments args = Common(*problem, {query, key, value, output});
+  args.query = *query;
+  args.key = *key;
+  args.value = *value;
+  args.output = *output;
+  args.log_sum_exp = log_sum_exp;
+  return RunPlan(*problem, PlanForward(*problem, args.vector && TakesGroups(*problem)), args, stream);
+}
+
+int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
+                                const stf_tensor* output, const float* log_sum_exp, const stf_tensor* output_grad,
+                                const float* log_sum_exp_grad, const stf_tensor* query_grad, const stf_tensor* key_grad,
+                                const stf_tensor* value_grad, void* workspace, void* stream) {
+  if (!Valid(*problem)) return cudaErrorInvalidValue;
+  if (Empty(*problem)) return cudaSuccess;
+  Arguments args = Common(*problem, {query, key, value, output, output_grad, query_grad, key_grad, value_grad});
+  args.query = *query;
+  args.key = *key;
+  args.value = *value;
+  args.output = *output;
+  args.log_sum_exp = const_cast<float*>(log_sum_exp);
+  args.output_grad = *output_grad;
+  args.log_sum_exp_grad = log_sum_exp_grad;
+  args.query_grad = *query_grad;
+  args.key_grad = *key_grad;
+  args.value_grad = *value_grad;
+  args.delta = static_cast<float*>(workspace);
+  const Plan plan = PlanBackward(*problem, args.vector && TakesGroups(*problem));
+  args.query_partial = *query_grad;
+  args.key_partial = *key_grad;
+  args.value_partial = *value_grad;
+  if (NeedsPartial(*problem, plan)) {
+    float* memory = args.delta + DeltaBytes(problem->batch * problem->heads * problem->positions) / sizeof(float);
+    args.query_partial = TakePartial(*problem, problem->key_depth, &memory);
+    args.key_partial = TakePartial(*problem, problem->key_depth, &memory);
+    args.value_partial = TakePartial(*problem, problem->value_depth, &memory);
+  }
+  return RunPlan(*problem, plan, args, stream);
+}
+
+const char* stf_attention_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

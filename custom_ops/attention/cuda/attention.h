@@ -1,0 +1,39 @@
+// The CUDA kernels' entry points. Plain C; nothing is allocated, nothing waits, everything runs on the stream that is given.
+//
+// Tensors, `lengths` and `layouts` are device memory; the problem itself, its components and program_begin are host memory, read before
+// the call returns. Sequences may have up to 2^30 - 1 positions.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_ATTENTION_H_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_ATTENTION_H_
+
+#include <stddef.h>
+
+#include "custom_ops/attention/problem.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Bytes of device memory, aligned to 16, that a call needs as `workspace` (may be 0).
+size_t stf_attention_cuda_forward_workspace(const stf_problem* problem);
+size_t stf_attention_cuda_backward_workspace(const stf_problem* problem);
+
+// out [B, T, H, value_depth], log_sum_exp [B, H, T] float32 (natural logarithm). Every element of both is written. `stream` is a
+// cudaStream_t. Returns a cudaError_t: 0, or what refused the call.
+int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
+                               const stf_tensor* output, float* log_sum_exp, void* workspace, void* stream);
+
+// Gradients of a scalar loss, from those with respect to output and log_sum_exp (null: zero). Every element is written; the same bits
+// every time. Returns as above.
+int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
+                                const stf_tensor* output, const float* log_sum_exp, const stf_tensor* output_grad,
+                                const float* log_sum_exp_grad, const stf_tensor* query_grad, const stf_tensor* key_grad,
+                                const stf_tensor* value_grad, void* workspace, void* stream);
+
+// CUDA's words for what an entry point returned.
+const char* stf_attention_cuda_error(int error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_ATTENTION_H_

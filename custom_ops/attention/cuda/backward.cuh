@@ -1,0 +1,224 @@
+// Backward, in two passes without atomics, so that the same call gives the same bits: one by tiles of queries for the query gradients (it
+// also leaves delta for the other), one by tiles of keys for the key and value gradients. A later launch adds to what an earlier one wrote.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
+
+#include "custom_ops/attention/cuda/tile.cuh"
+#include "custom_ops/attention/cuda/work.cuh"
+
+namespace stf {
+namespace cuda {
+
+// Shared memory of both passes: rows of the block's own tile, then stages of the rows that it visits.
+template <typename T, int kKeyDepth, int kValueDepth>
+struct BackwardTile {
+  static constexpr bool kLarge = sizeof(T) * (kKeyDepth + kValueDepth) >= 1024;
+  static constexpr int kWarps = sizeof(T) * (kKeyDepth + kValueDepth) > 1024 ? 2 : 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
+  static constexpr int kVisited = kLarge ? 32 : 64;
+  static constexpr int kOwn = kRows * (kPitch<T, kKeyDepth> + kPitch<T, kValueDepth>);  // elements
+  static constexpr int kStage = kVisited * (kPitch<T, kKeyDepth> + kPitch<T, kValueDepth>)+2 * kVisited * sizeof(float) / sizeof(T);
+  static constexpr int kStages = sizeof(T) * (kOwn + 2 * kStage) <= 160 * 1024 ? 2 : 1;
+  static constexpr int kBytes = sizeof(T) * (kOwn + kStages * kStage) + kRows * sizeof(float);
+};
+
+template <typename T, int kKeyDepth, int kValueDepth>
+__global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void QueryGradKernel(const __grid_constant__ Arguments args,
+                                                                                     const __grid_constant__ Launch launch) {
+  using Tile = BackwardTile<T, kKeyDepth, kValueDepth>;
+  extern __shared__ __align__(16) char shared[];
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const grads = queries + Tile::kRows * kPitch<T, kKeyDepth>;
+  T* const stages = queries + Tile::kOwn;
+  float* const deltas = reinterpret_cast<float*>(stages + Tile::kStages * Tile::kStage);
+
+  Work work;
+  if (!FindWork(args, launch, launch.sequences, true, &work)) return;
+  const View view = FindView(args, launch, work.sequence, work.batch);
+  const int existing = CountBelow(launch, work.sequence, args.positions);
+  const int first = work.tile * Tile::kRows;
+  if (first >= existing) return;
+  const int end = min(first + Tile::kRows, view.count);
+  const Head& head = work.components;
+  const Context context = {args, head, view};
+
+  const T* key = Base<const T>(args.key, work.batch, work.head);
+  const T* value = Base<const T>(args.value, work.batch, work.head);
+  auto own = [&](int row) { return first + row < end ? view.Position(first + row) : -1; };
+  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
+                                                      args.key_depth, args.vector, own);
+  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, Base<const T>(args.output_grad, work.batch, work.head),
+                                                        args.output_grad.position_stride, args.value_depth, args.vector, own);
+  CommitCopies();
+  auto load = [&](const Segment& segment, int stage) {
+    auto place = [&](int row) { return row < segment.count ? KeyPosition(segment.component, view, segment.begin + row) : -1; };
+    T* const to = stages + stage * Tile::kStage;
+    LoadRows<T, kKeyDepth, Tile::kVisited, Tile::kThreads>(to, key, args.key.position_stride, args.key_depth, args.vector, place);
+    LoadRows<T, kValueDepth, Tile::kVisited, Tile::kThreads>(to + Tile::kVisited * kPitch<T, kKeyDepth>, value, args.value.position_stride,
+                                                             args.value_depth, args.vector, place);
+  };
+  Walk<false, Tile::kVisited> walk(args, head, view, first, end - 1);
+  Segment segment, next;
+  bool more = walk.Next(&segment);
+  if (more) load(segment, 0);
+  CommitCopies();
+
+  const int warp_row = threadIdx.x / 32 * 16, lane_row = warp_row + threadIdx.x % 32 / 4;
+  const int64_t statistics = StatisticsBase(args, work.batch, work.head);
+  WaitForCopies<1>();
+  __syncthreads();
+  if (launch.first) {
+    SumProducts<T, kValueDepth>(deltas + warp_row, grads + warp_row * kPitch<T, kValueDepth>,
+                                Base<const T>(args.output, work.batch, work.head), args.output.position_stride, args.value_depth,
+                                args.vector, [&](int row) { return own(warp_row + row); });
+    __syncwarp();
+  }
+  T* grad_rows[2];
+  float* partial[2];
+  float log_sum_exp[2], delta[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = first + lane_row + 8 * r, position = view.Position(row);
+    grad_rows[r] = row < existing ? RowOf<T>(args.query_grad, work.batch, work.head, position) : nullptr;
+    partial[r] = row < existing ? RowOf<float>(args.query_partial, work.batch, work.head, position) : nullptr;
+    log_sum_exp[r] = row < end ? args.log_sum_exp[statistics + position] : 0;
+    if (launch.first) {
+      delta[r] = deltas[lane_row + 8 * r];
+      if (row < end && args.log_sum_exp_grad) delta[r] -= args.log_sum_exp_grad[statistics + position];
+      if (row < existing && threadIdx.x % 4 == 0) args.delta[statistics + position] = delta[r];
+    } else {
+      delta[r] = row < end ? args.delta[statistics + position] : 0;
+    }
+  }
+
+  float sum[kKeyDepth / 8][4];
+  Clear(sum);
+  for (int stage = 0; more; stage = (stage + 1) % Tile::kStages) {
+    const bool another = walk.Next(&next);
+    if (Tile::kStages == 2) {
+      if (another) load(next, 1 - stage);
+      CommitCopies();
+    }
+    WaitForCopies<Tile::kStages - 1>();
+    __syncthreads();
+    const T* keys = stages + stage * Tile::kStage;
+    AddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kVisited>(
+        context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, grads + warp_row * kPitch<T, kValueDepth>, keys,
+        keys + Tile::kVisited * kPitch<T, kKeyDepth>, log_sum_exp, delta, sum);
+    __syncthreads();
+    if (Tile::kStages == 1) {
+      if (another) load(next, 0);
+      CommitCopies();
+    }
+    segment = next;
+    more = another;
+  }
+  WaitForCopies<0>();
+  Scale(sum, args.scale);
+  Deliver<T, kKeyDepth>(sum, grad_rows, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
+}
+
+// The launch's members number their keys alike: all by position, or one summary or strided component in its own way.
+template <typename T, int kKeyDepth, int kValueDepth, Part kPart>
+__global__ __launch_bounds__(128,
+                             (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1)) void KeyGradKernel(const __grid_constant__ Arguments args,
+                                                                                                 const __grid_constant__ Launch launch) {
+  using Tile = BackwardTile<T, kKeyDepth, kValueDepth>;
+  extern __shared__ __align__(16) char shared[];
+  T* const keys = reinterpret_cast<T*>(shared);
+  T* const values = keys + Tile::kRows * kPitch<T, kKeyDepth>;
+  T* const stages = keys + Tile::kOwn;
+
+  Work work;
+  if (!FindWork(args, launch, launch.sequences, false, &work)) return;
+  const View view = FindView(args, launch, work.sequence, work.batch);
+  const Head& head = work.components;
+  const Component plain = {STF_CAUSAL, 0, 0, 0, 0, 0, 0};
+  const Component& numbering = head.members ? head.components[__ffsll(head.members) - 1] : plain;
+  const int existing = CountKeys(args, launch, numbering, work.sequence);
+  const int first = work.tile * Tile::kRows;
+  if (first >= existing) return;
+  const int end = min(first + Tile::kRows, existing);
+  const Context context = {args, head, view};
+
+  const T* query = Base<const T>(args.query, work.batch, work.head);
+  const T* grad = Base<const T>(args.output_grad, work.batch, work.head);
+  const float* log_sum_exp = args.log_sum_exp + StatisticsBase(args, work.batch, work.head);
+  const float* delta = args.delta + StatisticsBase(args, work.batch, work.head);
+  auto own = [&](int row) { return first + row < end ? KeyPosition(numbering, view, first + row) : -1; };
+  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+                                                      args.key_depth, args.vector, own);
+  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
+                                                        args.value.position_stride, args.value_depth, args.vector, own);
+  auto load = [&](const Segment& segment, int stage) {
+    auto place = [&](int row) { return row < segment.count ? view.Position(segment.begin + row) : -1; };
+    T* const to = stages + stage * Tile::kStage;
+    T* const grads = to + Tile::kVisited * kPitch<T, kKeyDepth>;
+    float* const statistics = reinterpret_cast<float*>(grads + Tile::kVisited * kPitch<T, kValueDepth>);
+    LoadRows<T, kKeyDepth, Tile::kVisited, Tile::kThreads>(to, query, args.query.position_stride, args.key_depth, args.vector, place);
+    LoadRows<T, kValueDepth, Tile::kVisited, Tile::kThreads>(grads, grad, args.output_grad.position_stride, args.value_depth, args.vector,
+                                                             place);
+    for (int i = threadIdx.x; i < 2 * Tile::kVisited; i += Tile::kThreads) {
+      const int position = place(i % Tile::kVisited);
+      const float* from = i < Tile::kVisited ? log_sum_exp : delta;
+      CopyAsync<4>(statistics + i, position < 0 ? from : from + position, position >= 0);
+    }
+  };
+
+  const int warp_row = threadIdx.x / 32 * 16, lane_row = warp_row + threadIdx.x % 32 / 4;
+  float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
+  Clear(key_sum);
+  Clear(value_sum);
+  Walk<true, Tile::kVisited> walk(args, head, view, first, end - 1);
+  Segment segment, next;
+  bool more = walk.Next(&segment);
+  if (more) load(segment, 0);
+  CommitCopies();
+  for (int stage = 0; more; stage = (stage + 1) % Tile::kStages) {
+    const bool another = walk.Next(&next);
+    if (Tile::kStages == 2) {
+      if (another) load(next, 1 - stage);
+      CommitCopies();
+    }
+    WaitForCopies<Tile::kStages - 1>();
+    __syncthreads();
+    const T* queries = stages + stage * Tile::kStage;
+    const T* grads = queries + Tile::kVisited * kPitch<T, kKeyDepth>;
+    const float* statistics = reinterpret_cast<const float*>(grads + Tile::kVisited * kPitch<T, kValueDepth>);
+    AddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kVisited, kPart>(
+        context, segment, first + warp_row, end, keys + warp_row * kPitch<T, kKeyDepth>, values + warp_row * kPitch<T, kValueDepth>,
+        queries, grads, statistics, statistics + Tile::kVisited, key_sum, value_sum);
+    __syncthreads();
+    if (Tile::kStages == 1) {
+      if (another) load(next, 0);
+      CommitCopies();
+    }
+    segment = next;
+    more = another;
+  }
+  WaitForCopies<0>();
+  T* grad_rows[2];
+  float* partial[2];
+  auto find_rows = [&](const stf_tensor& grads, const stf_tensor& partials) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int position = own(lane_row + 8 * r);
+      grad_rows[r] = position < 0 ? nullptr : RowOf<T>(grads, work.batch, work.head, position);
+      partial[r] = position < 0 ? nullptr : RowOf<float>(partials, work.batch, work.head, position);
+    }
+  };
+  if (kPart != kValuePart) {
+    Scale(key_sum, args.scale);
+    find_rows(args.key_grad, args.key_partial);
+    Deliver<T, kKeyDepth>(key_sum, grad_rows, partial, args.key_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
+  }
+  if (kPart != kKeyPart) {
+    find_rows(args.value_grad, args.value_partial);
+    Deliver<T, kValueDepth>(value_sum, grad_rows, partial, args.value_depth, args.vector, launch.key_first, launch.key_last,
+                            launch.key_write);
+  }
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_

@@ -1,0 +1,109 @@
+// Forward: a block takes a tile of queries and visits the tiles of keys that they may attend to, of all of the launch's components, with
+// one online softmax. A later launch goes on from the output and log-sum-exp of an earlier one.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
+
+#include "custom_ops/attention/cuda/tile.cuh"
+#include "custom_ops/attention/cuda/work.cuh"
+
+namespace stf {
+namespace cuda {
+
+template <typename T, int kKeyDepth, int kValueDepth>
+struct ForwardTile {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kQueries = 16 * kWarps;
+  static constexpr int kKeys = sizeof(T) * (kKeyDepth + kValueDepth) >= 1024 ? 32 : 64;
+  static constexpr int kKeyElements = kKeys * kPitch<T, kKeyDepth>, kValueElements = kKeys * kPitch<T, kValueDepth>;
+  static constexpr int kStage = kKeyElements + kValueElements;  // elements
+  static constexpr int kQueryElements = kQueries * kPitch<T, kKeyDepth>;
+  static constexpr int kStages = sizeof(T) * (kQueryElements + 2 * kStage) <= 160 * 1024 ? 2 : 1;
+  static constexpr int kBytes = sizeof(T) * (kQueryElements + kStages * kStage);
+};
+
+template <typename T, int kKeyDepth, int kValueDepth>
+__global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
+                                   : kValueDepth <= 128 ? 3
+                                                        : 1)) void ForwardKernel(const __grid_constant__ Arguments args,
+                                                                                 const __grid_constant__ Launch launch) {
+  using Tile = ForwardTile<T, kKeyDepth, kValueDepth>;
+  extern __shared__ __align__(16) char shared[];
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const stages = queries + Tile::kQueryElements;
+
+  Work work;
+  if (!FindWork(args, launch, launch.sequences, true, &work)) return;
+  const View view = FindView(args, launch, work.sequence, work.batch);
+  const int existing = CountBelow(launch, work.sequence, args.positions);
+  const int first = work.tile * Tile::kQueries;
+  if (first >= existing) return;
+  const int end = min(first + Tile::kQueries, view.count);
+  const Head& head = work.components;
+  const Context context = {args, head, view};
+
+  const T* query = Base<const T>(args.query, work.batch, work.head);
+  const T* key = Base<const T>(args.key, work.batch, work.head);
+  const T* value = Base<const T>(args.value, work.batch, work.head);
+  LoadRows<T, kKeyDepth, Tile::kQueries, Tile::kThreads>(queries, query, args.query.position_stride, args.key_depth, args.vector,
+                                                         [&](int row) { return first + row < end ? view.Position(first + row) : -1; });
+  auto load = [&](const Segment& segment, int stage) {
+    auto place = [&](int row) { return row < segment.count ? KeyPosition(segment.component, view, segment.begin + row) : -1; };
+    T* const to = stages + stage * Tile::kStage;
+    LoadRows<T, kKeyDepth, Tile::kKeys, Tile::kThreads>(to, key, args.key.position_stride, args.key_depth, args.vector, place);
+    LoadRows<T, kValueDepth, Tile::kKeys, Tile::kThreads>(to + Tile::kKeyElements, value, args.value.position_stride, args.value_depth,
+                                                          args.vector, place);
+  };
+
+  const int warp_row = threadIdx.x / 32 * 16, lane_row = warp_row + threadIdx.x % 32 / 4;
+  T* outputs[2];
+  float* sums[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = first + lane_row + 8 * r, position = view.Position(row);
+    outputs[r] = row < existing ? Base<T>(args.output, work.batch, work.head) + position * args.output.position_stride : nullptr;
+    sums[r] = row < existing ? args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + position : nullptr;
+  }
+  Softmax<T, kKeyDepth, kValueDepth> softmax;
+  if (launch.first) {
+    softmax.Start();
+  } else {
+    const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
+    softmax.Continue(outputs, log_sum_exp, args.value_depth, args.vector);
+  }
+
+  Walk<false, Tile::kKeys> walk(args, head, view, first, end - 1);
+  Segment segment, next;
+  bool more = walk.Next(&segment);
+  if (more) load(segment, 0);
+  CommitCopies();
+  for (int stage = 0; more; stage = (stage + 1) % Tile::kStages) {
+    const bool another = walk.Next(&next);
+    if (Tile::kStages == 2) {
+      if (another) load(next, 1 - stage);
+      CommitCopies();
+    }
+    WaitForCopies<Tile::kStages - 1>();
+    __syncthreads();
+    const T* keys = stages + stage * Tile::kStage;
+    softmax.template Attend<Tile::kKeys>(context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, keys,
+                                         keys + Tile::kKeyElements);
+    __syncthreads();
+    if (Tile::kStages == 1) {
+      if (another) load(next, 0);
+      CommitCopies();
+    }
+    segment = next;
+    more = another;
+  }
+  WaitForCopies<0>();
+  softmax.Finish();
+  Sums<T, kValueDepth>::Store(softmax.sum, outputs, args.value_depth, args.vector);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    if (sums[r] && threadIdx.x % 4 == 0) *sums[r] = softmax.most[r];
+  }
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_

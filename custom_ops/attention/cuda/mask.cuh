@@ -1,0 +1,258 @@
+// Which keys each query may attend to, seen from the queries and from the keys.
+//
+// Within a component, the keys of a query are an interval of key indices (of the component's own numbering), the queries of a key are an
+// interval of queries, and the ends of both grow. So a tile visits a range, a warp's part of it is a range again, and a mask is two
+// comparisons. Block layouts and exclusions come on top, in segments that need them only.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_MASK_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_MASK_CUH_
+
+#include "custom_ops/attention/cuda/arguments.h"
+
+namespace stf {
+namespace cuda {
+
+struct Interval {
+  int low, high;  // low <= x < high
+};
+
+// A sequence of queries: query m stands at position start + m * step; `count` of them are in use.
+struct View {
+  int start, step, count;
+  __device__ int Position(int m) const { return start + m * step; }
+};
+
+// Keys are numbered within a component: in a strided view as the queries are, in a summary by the columns in use, else by position.
+__device__ inline int KeyPosition(const Component& c, const View& view, int t) {
+  if (c.kind == STF_STRIDED) return view.Position(t);
+  if (c.kind != STF_SUMMARY) return t;
+  const int block = static_cast<int>(static_cast<uint64_t>(t) * c.reciprocal >> c.shift);
+  return t + c.b + block * (c.a - (c.c - c.b));
+}
+
+__device__ inline Interval KeysOf(const Component& c, int m) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return {max(0, m - c.a), m + 1};
+    case STF_STRIDED:
+      return {0, max(0, m + 1 - c.b)};
+    case STF_OWN_BLOCK:
+      return {m / c.a * c.a, m + 1};
+    case STF_SUMMARY: {
+      const int width = c.c - c.b, block = m / c.a;
+      return {0, block * width + (c.d ? min(width, max(0, m - block * c.a + 1 - c.b)) : 0)};
+    }
+    default:
+      return {0, m + 1};
+  }
+}
+
+__device__ inline Interval QueriesOf(const Component& c, int t, int count) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return {t, min(count, t + c.a + 1)};
+    case STF_STRIDED:
+      return {t + c.b, count};
+    case STF_OWN_BLOCK:
+      return {t, min(count, (t / c.a + 1) * c.a)};
+    case STF_SUMMARY: {
+      const int width = c.c - c.b, block = t / width;
+      return {c.d ? block * c.a + c.b + t - block * width : (block + 1) * c.a, count};
+    }
+    default:
+      return {t, count};
+  }
+}
+
+__device__ inline bool LayoutBit(const uint8_t* layouts, const Component& c, int row, int column) {
+  const int64_t bit = c.bits + static_cast<int64_t>(row) * c.c + column;
+  return (layouts[bit >> 3] >> (bit & 7)) & 1;
+}
+
+// Whether query position i may attend to key position j <= i through component c, exclusions apart.
+__device__ inline bool Covers(const uint8_t* layouts, const Component& c, int i, int j) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return i - j <= c.a;
+    case STF_STRIDED:
+      return (i - j) % c.a == 0 && i - j >= static_cast<int64_t>(c.b) * c.a;
+    case STF_OWN_BLOCK:
+      return i / c.a == j / c.a;
+    case STF_SUMMARY: {
+      const int column = j % c.a;
+      return column >= c.b && column < c.c && (c.d || j / c.a < i / c.a);
+    }
+    case STF_BLOCKS:
+      return LayoutBit(layouts, c, i / c.a, j / c.a);
+    default:
+      return true;
+  }
+}
+
+// A head's components of one launch.
+struct Head {
+  const Component* components;  // what `exclude` bits count from
+  uint64_t members;
+};
+
+// What the intervals do not tell: block layouts and exclusions of component c.
+__device__ inline bool Extra(const uint8_t* layouts, const Head& head, const Component& c, const View& view, int m, int t) {
+  const int i = view.Position(m), j = KeyPosition(c, view, t);
+  if (j > i) return false;
+  if (c.kind == STF_BLOCKS && !LayoutBit(layouts, c, i / c.a, j / c.a)) return false;
+  for (uint64_t left = c.exclude; left; left &= left - 1) {
+    if (Covers(layouts, head.components[__ffsll(left) - 1], i, j)) return false;
+  }
+  return true;
+}
+
+// Whether pairs of queries [m0, m1] and keys [t0, t1] need `Extra` at all.
+__device__ inline bool NeedsExtra(const Head& head, const Component& c, const View& view, int m0, int m1, int t0, int t1) {
+  if (c.kind == STF_BLOCKS) return true;
+  if (!c.exclude) return false;
+  const int i0 = view.Position(m0), i1 = view.Position(m1), j0 = KeyPosition(c, view, t0), j1 = KeyPosition(c, view, t1);
+  for (uint64_t left = c.exclude; left; left &= left - 1) {
+    const Component& e = head.components[__ffsll(left) - 1];
+    if (e.kind == STF_LOCAL && i0 - j1 > e.a) continue;
+    if (e.kind == STF_OWN_BLOCK && i0 / e.a > j1 / e.a) continue;
+    if (e.kind == STF_STRIDED && i1 - j0 < static_cast<int64_t>(e.b) * e.a) continue;
+    return true;
+  }
+  return false;
+}
+
+// Whether a layout has a block that queries [i0, i1] and keys [j0, j1] touch. For a whole warp.
+__device__ inline bool AnyBit(const uint8_t* layouts, const Component& c, int i0, int i1, int j0, int j1) {
+  const int row = i0 / c.a, rows = i1 / c.a - row + 1, column = j0 / c.a, columns = j1 / c.a - column + 1;
+  bool any = false;
+  for (int x = threadIdx.x % 32; x < rows * columns; x += 32) {
+    any = any || LayoutBit(layouts, c, row + x / columns, column + x % columns);
+  }
+  return __any_sync(~0u, any);
+}
+
+// A piece of one component's walk: keys (or queries) [begin, begin + count).
+struct Segment {
+  Component component;  // a copy, so that it lives in registers
+  int begin, count;
+};
+
+// Walks the segments of all of a head's components that meet queries [first, last] (kByKey: that meet keys [first, last]), in order.
+// Every warp walks for itself and finds the same.
+template <bool kByKey, int kWidth>
+class Walk {
+ public:
+  __device__ Walk(const Arguments& args, const Head& head, const View& view, int first, int last)
+      : args_(args), head_(head), view_(view), first_(first), last_(last), left_(last < first ? 0 : head.members), next_(0), end_(0) {}
+
+  __device__ bool Next(Segment* segment) {
+    while (true) {
+      while (next_ >= end_) {
+        if (!left_) return false;
+        component_ = head_.components[__ffsll(left_) - 1];
+        left_ &= left_ - 1;
+        if (kByKey) {
+          next_ = QueriesOf(component_, first_, view_.count).low;
+          end_ = min(QueriesOf(component_, last_, view_.count).high, view_.count);
+        } else {
+          next_ = KeysOf(component_, first_).low;
+          end_ = KeysOf(component_, last_).high;
+        }
+      }
+      *segment = {component_, next_, min(kWidth, end_ - next_)};
+      next_ += kWidth;
+      if (component_.kind != STF_BLOCKS || AnyBlock(segment->begin, segment->begin + segment->count - 1)) return true;
+    }
+  }
+
+ private:
+  __device__ bool AnyBlock(int begin, int last) const {
+    return AnyBit(args_.layouts, component_, kByKey ? begin : first_, kByKey ? last : last_, kByKey ? first_ : begin,
+                  kByKey ? last_ : last);
+  }
+
+  const Arguments& args_;
+  const Head& head_;
+  const View& view_;
+  int first_, last_;
+  uint64_t left_;
+  Component component_;
+  int next_, end_;
+};
+
+// Clears the bits that `Extra` leaves out, of columns from `begin` on; bits as WarpMask::Allowed has them.
+template <bool kByKey>
+__device__ __noinline__ uint32_t LeaveOut(const Arguments& args, const Head& head, const View& view, const Component& component,
+                                          int row_begin, int begin, uint32_t bits) {
+  for (uint32_t left = bits; left; left &= left - 1) {
+    const int x = __ffs(left) - 1;
+    const int row = row_begin + threadIdx.x % 32 / 4 + x / 2 % 2 * 8;
+    const int other = begin + x / 4 * 8 + threadIdx.x % 4 * 2 + x % 2;
+    if (!Extra(args.layouts, head, component, view, kByKey ? other : row, kByKey ? row : other)) bits &= ~(1u << x);
+  }
+  return bits;
+}
+
+// The mask of a warp's 16 rows by a segment's columns; in a thread, rows lane / 4 and lane / 4 + 8. Rows are queries and columns keys, or,
+// kByKey, rows are keys and columns queries.
+template <bool kByKey>
+struct WarpMask {
+  int reach_low, reach_high;    // columns that any row needs, counted from the segment's begin
+  int common_low, common_high;  // columns that all rows need
+  Interval rows[2];
+  bool extra;    // whether `Extra` has a say
+  bool partial;  // whether some rows are not in use
+
+  // Rows row_begin ... row_begin + 15; those from row_end on are not in use.
+  __device__ WarpMask(const Head& head, const View& view, const Segment& segment, int row_begin, int row_end) {
+    const Component& c = segment.component;
+    const int last = min(row_begin + 15, row_end - 1);
+    extra = false;
+    partial = row_begin + 15 >= row_end;
+    reach_low = reach_high = 0;
+    if (last < row_begin) return;
+    const Interval top = Of(c, row_begin, view), bottom = Of(c, last, view);
+    reach_low = max(0, top.low - segment.begin);
+    reach_high = min(segment.count, bottom.high - segment.begin);
+    if (reach_low >= reach_high) {
+      reach_low = reach_high = 0;
+      return;
+    }
+    common_low = bottom.low - segment.begin;
+    common_high = min(segment.count, top.high - segment.begin);
+    const int end = segment.begin + segment.count - 1;
+    extra = kByKey ? NeedsExtra(head, c, view, segment.begin, end, row_begin, last)
+                   : NeedsExtra(head, c, view, row_begin, last, segment.begin, end);
+    for (int r = 0; r < 2; r++) {
+      const int row = row_begin + threadIdx.x % 32 / 4 + 8 * r;
+      rows[r] = row <= last ? Of(c, row, view) : Interval{0, 0};
+      rows[r] = {rows[r].low - segment.begin, min(segment.count, rows[r].high - segment.begin)};
+    }
+  }
+
+  __device__ bool Reaches(int begin, int end) const { return begin < reach_high && end > reach_low; }
+  __device__ bool Cuts(int begin, int end) const { return extra || partial || begin < common_low || end > common_high; }
+
+  // Of the thread's kBlocks * 4 elements of an accumulator (see matrix.cuh) whose columns begin at `begin`, a bit for each that may stand.
+  template <int kBlocks>
+  __device__ uint32_t Allowed(const Arguments& args, const Head& head, const View& view, const Segment& segment, int row_begin,
+                              int begin) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int x = 0; x < kBlocks * 4; x++) {
+      const int column = begin + x / 4 * 8 + threadIdx.x % 4 * 2 + x % 2;
+      const Interval& row = rows[x / 2 % 2];
+      if (column >= row.low && column < row.high) bits |= 1u << x;
+    }
+    return extra ? LeaveOut<kByKey>(args, head, view, segment.component, row_begin, segment.begin + begin, bits) : bits;
+  }
+
+ private:
+  __device__ static Interval Of(const Component& c, int row, const View& view) {
+    return kByKey ? QueriesOf(c, row, view.count) : KeysOf(c, row);
+  }
+};
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_MASK_CUH_

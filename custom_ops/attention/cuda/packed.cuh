@@ -1,0 +1,227 @@
+// Short sequences, packed several to a block: each tensor's rows come to shared memory once and serve as queries and as keys, and backward
+// needs one pass. A launch has a single component of kind STF_STRIDED (own blocks come as such too, in views of step 1).
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
+
+#include "custom_ops/attention/cuda/tile.cuh"
+#include "custom_ops/attention/cuda/work.cuh"
+
+namespace stf {
+namespace cuda {
+
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
+struct PackedTile {
+  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
+  static constexpr int kKeyElements = kRows * kPitch<T, kKeyDepth>, kValueElements = kRows * kPitch<T, kValueDepth>;
+  static constexpr int kForwardBytes = sizeof(T) * (2 * kKeyElements + kValueElements);
+  static constexpr int kBackwardBytes = sizeof(T) * 2 * (kKeyElements + kValueElements) + 2 * kRows * sizeof(float);
+};
+
+// A warp's place: 16 rows, from `row` on, of one sequence.
+struct PackedWarp {
+  View view;
+  int existing;  // positions that the sequence has; view.count of them are in use
+  int row;       // of the sequence
+  int tile_row;  // of the tile, where the sequence begins
+};
+
+// The sequence of a tile's row, and the row in it; -1 where there is none.
+__device__ inline int PackedSequence(const Launch& launch, const Work& work, int row, int* sequence_row) {
+  const int packs = 1 + (launch.packed_rows <= 32), pack = packs == 2 ? row / 32 : 0;
+  const int sequence = work.sequence * packs + pack;
+  *sequence_row = row - pack * 32;
+  return pack < packs && *sequence_row < launch.longest && sequence < launch.sequences ? sequence : -1;
+}
+
+// Position of a tile's row, or -1 where there is none.
+__device__ inline int PackedPosition(const Launch& launch, const Work& work, int length, int row) {
+  int sequence_row;
+  const int sequence = PackedSequence(launch, work, row, &sequence_row);
+  const int position = sequence * launch.sequence_step + sequence_row * launch.step;
+  return sequence >= 0 && position < length ? position : -1;
+}
+
+__device__ inline PackedWarp FindPackedWarp(const Arguments& args, const Launch& launch, const Work& work) {
+  const int warp_row = threadIdx.x / 32 * 16;
+  PackedWarp warp = {{0, 1, 0}, 0, 0, 0};
+  const int sequence = PackedSequence(launch, work, warp_row, &warp.row);
+  if (sequence < 0) return warp;
+  warp.view = FindView(args, launch, sequence, work.batch);
+  warp.existing = CountBelow(launch, sequence, args.positions);
+  warp.tile_row = warp_row - warp.row;
+  return warp;
+}
+
+// The thread's two rows of a tensor; null where there is none.
+template <typename T>
+__device__ void PackedRows(T* (&rows)[2], const stf_tensor& tensor, const Work& work, const PackedWarp& warp) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = warp.row + threadIdx.x % 32 / 4 + 8 * r;
+    rows[r] = row < warp.existing ? Base<T>(tensor, work.batch, work.head) + warp.view.Position(row) * tensor.position_stride : nullptr;
+  }
+}
+
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
+__global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_constant__ Arguments args,
+                                                                   const __grid_constant__ Launch launch) {
+  using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
+  extern __shared__ __align__(16) char shared[];
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const keys = queries + Tile::kKeyElements;
+  T* const values = keys + Tile::kKeyElements;
+
+  Work work;
+  if (!FindWork(args, launch, launch.tiles, false, &work)) return;
+  const Head& head = work.components;
+  const int length = Length(args, work.batch);
+  auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
+  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
+                                                      args.key_depth, args.vector, place);
+  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+                                                      args.key_depth, args.vector, place);
+  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
+                                                        args.value.position_stride, args.value_depth, args.vector, place);
+  CommitCopies();
+
+  const PackedWarp warp = FindPackedWarp(args, launch, work);
+  const Context context = {args, head, warp.view};
+  T* outputs[2];
+  PackedRows(outputs, args.output, work, warp);
+  float* sums[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = warp.row + threadIdx.x % 32 / 4 + 8 * r;
+    sums[r] = outputs[r] ? args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + warp.view.Position(row) : nullptr;
+  }
+  Softmax<T, kKeyDepth, kValueDepth> softmax;
+  if (launch.first) {
+    softmax.Start();
+  } else {
+    const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
+    softmax.Continue(outputs, log_sum_exp, args.value_depth, args.vector);
+  }
+  WaitForCopies<0>();
+  __syncthreads();
+  if (warp.row >= warp.existing) return;
+  const Component component = head.components[__ffsll(head.members) - 1];
+  const int rows = min(warp.row + 16, warp.view.count);
+  constexpr int kKeys = kWarps == 4 ? 64 : 32;
+  for (int begin = 0; begin < rows; begin += kKeys) {
+    const Segment segment = {component, begin, min(kKeys, rows - begin)};
+    softmax.template Attend<kKeys>(context, segment, warp.row, rows, queries + (warp.tile_row + warp.row) * kPitch<T, kKeyDepth>,
+                                   keys + (warp.tile_row + begin) * kPitch<T, kKeyDepth>,
+                                   values + (warp.tile_row + begin) * kPitch<T, kValueDepth>);
+  }
+  softmax.Finish();
+  Sums<T, kValueDepth>::Store(softmax.sum, outputs, args.value_depth, args.vector);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    if (sums[r] && threadIdx.x % 4 == 0) *sums[r] = softmax.most[r];
+  }
+}
+
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
+__global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid_constant__ Arguments args,
+                                                                    const __grid_constant__ Launch launch) {
+  using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
+  extern __shared__ __align__(16) char shared[];
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const keys = queries + Tile::kKeyElements;
+  T* const values = keys + Tile::kKeyElements;
+  T* const grads = values + Tile::kValueElements;
+  float* const log_sum_exps = reinterpret_cast<float*>(grads + Tile::kValueElements);
+  float* const deltas = log_sum_exps + Tile::kRows;
+
+  Work work;
+  if (!FindWork(args, launch, launch.tiles, false, &work)) return;
+  const Head& head = work.components;
+  const int length = Length(args, work.batch);
+  auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
+  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, Base<const T>(args.output_grad, work.batch, work.head),
+                                                        args.output_grad.position_stride, args.value_depth, args.vector, place);
+  CommitCopies();
+  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
+                                                      args.key_depth, args.vector, place);
+  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+                                                      args.key_depth, args.vector, place);
+  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
+                                                        args.value.position_stride, args.value_depth, args.vector, place);
+  CommitCopies();
+
+  const int64_t statistics = StatisticsBase(args, work.batch, work.head);
+  const int warp_row = threadIdx.x / 32 * 16;
+  for (int row = threadIdx.x; row < Tile::kRows; row += Tile::kThreads) {
+    const int position = place(row);
+    log_sum_exps[row] = position < 0 ? 0 : args.log_sum_exp[statistics + position];
+  }
+  WaitForCopies<1>();
+  __syncthreads();
+  if (launch.first) {
+    SumProducts<T, kValueDepth>(deltas + warp_row, grads + warp_row * kPitch<T, kValueDepth>,
+                                Base<const T>(args.output, work.batch, work.head), args.output.position_stride, args.value_depth,
+                                args.vector, [&](int row) { return place(warp_row + row); });
+    __syncwarp();
+  }
+  if (threadIdx.x % 32 < 16) {
+    const int row = warp_row + threadIdx.x % 32, position = place(row);
+    if (!launch.first) {
+      deltas[row] = position < 0 ? 0 : args.delta[statistics + position];
+    } else if (position >= 0) {
+      if (args.log_sum_exp_grad) deltas[row] -= args.log_sum_exp_grad[statistics + position];
+      args.delta[statistics + position] = deltas[row];
+    }
+  }
+  WaitForCopies<0>();
+  __syncthreads();
+
+  const PackedWarp warp = FindPackedWarp(args, launch, work);
+  if (warp.row >= warp.existing) return;
+  const Context context = {args, head, warp.view};
+  const Component component = head.components[__ffsll(head.members) - 1];
+  const int rows = min(warp.row + 16, warp.view.count), base = warp.tile_row, own = warp.tile_row + warp.row;
+  constexpr int kColumns = 32;
+  T* targets[2];
+  float* partial[2];
+  {
+    float sum[kKeyDepth / 8][4], log_sum_exp[2], delta[2];
+    Clear(sum);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      log_sum_exp[r] = log_sum_exps[own + threadIdx.x % 32 / 4 + 8 * r];
+      delta[r] = deltas[own + threadIdx.x % 32 / 4 + 8 * r];
+    }
+    for (int begin = 0; begin < rows; begin += kColumns) {
+      const Segment segment = {component, begin, min(kColumns, rows - begin)};
+      AddQueryGrad<T, kKeyDepth, kValueDepth, kColumns>(context, segment, warp.row, rows, queries + own * kPitch<T, kKeyDepth>,
+                                                        grads + own * kPitch<T, kValueDepth>, keys + (base + begin) * kPitch<T, kKeyDepth>,
+                                                        values + (base + begin) * kPitch<T, kValueDepth>, log_sum_exp, delta, sum);
+    }
+    Scale(sum, args.scale);
+    PackedRows(targets, args.query_grad, work, warp);
+    PackedRows(partial, args.query_partial, work, warp);
+    Deliver<T, kKeyDepth>(sum, targets, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
+  }
+  float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
+  Clear(key_sum);
+  Clear(value_sum);
+  for (int begin = warp.row / kColumns * kColumns; begin < warp.view.count; begin += kColumns) {
+    const Segment segment = {component, begin, min(kColumns, warp.view.count - begin)};
+    AddKeyGrads<T, kKeyDepth, kValueDepth, kColumns, kBoth>(
+        context, segment, warp.row, rows, keys + own * kPitch<T, kKeyDepth>, values + own * kPitch<T, kValueDepth>,
+        queries + (base + begin) * kPitch<T, kKeyDepth>, grads + (base + begin) * kPitch<T, kValueDepth>, log_sum_exps + base + begin,
+        deltas + base + begin, key_sum, value_sum);
+  }
+  Scale(key_sum, args.scale);
+  PackedRows(targets, args.key_grad, work, warp);
+  PackedRows(partial, args.key_partial, work, warp);
+  Deliver<T, kKeyDepth>(key_sum, targets, partial, args.key_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
+  PackedRows(targets, args.value_grad, work, warp);
+  PackedRows(partial, args.value_partial, work, warp);
+  Deliver<T, kValueDepth>(value_sum, targets, partial, args.value_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_

@@ -1,0 +1,234 @@
+#include "custom_ops/attention/cuda/plan.h"
+
+#include <algorithm>
+#include <deque>
+
+namespace stf {
+namespace cuda {
+namespace {
+
+// One step of one program: a pass over some of its components, whose queries (or, in the pass over keys, whose keys) share a numbering.
+struct Step {
+  Pass pass;
+  uint64_t members;
+  int64_t sequences, sequence_step, step;
+  int packed_rows;
+  bool some_keys;                                    // whether keys are a summary's, not all
+  bool first, last, key_first, key_last, key_write;  // see Launch
+
+  bool Alike(const Step& other) const {
+    return pass == other.pass && sequences == other.sequences && sequence_step == other.sequence_step && step == other.step &&
+           packed_rows == other.packed_rows && first == other.first && last == other.last && key_first == other.key_first &&
+           key_last == other.key_last && key_write == other.key_write;
+  }
+};
+
+class Planner {
+ public:
+  Planner(const stf_problem& problem, bool groups) : problem_(problem), depths_(FindDepths(problem)), groups_(groups) {}
+
+  Plan Make(bool backward) const {
+    std::vector<std::deque<Step>> steps;
+    for (int32_t p = 0; p < problem_.programs; p++) {
+      steps.push_back(StepsOf(p, backward));
+      MarkEnds(&steps.back());
+    }
+    Plan plan;
+    while (true) {  // programs go on together as long as their next steps are alike
+      const auto front = std::find_if(steps.begin(), steps.end(), [](const auto& s) { return !s.empty(); });
+      if (front == steps.end()) return plan;
+      const Step step = front->front();
+      Launch launch = Begin(step);
+      for (int32_t p = 0; p < problem_.programs; p++) {
+        if (steps[p].empty() || !steps[p].front().Alike(step) || !Add(p, steps[p].front(), &launch)) continue;
+        steps[p].pop_front();
+      }
+      End(step, &launch);
+      plan.push_back({step.pass, launch});
+    }
+  }
+
+ private:
+  const stf_component* Components(int32_t program) const { return problem_.components + problem_.program_begin[program]; }
+  int Count(int32_t program) const { return problem_.program_begin[program + 1] - problem_.program_begin[program]; }
+
+  int PackedRows(int64_t length) const { return PackedRowsOf(length, problem_.dtype, depths_); }
+
+  std::deque<Step> StepsOf(int32_t program, bool backward) const {
+    const stf_component* components = Components(program);
+    const int64_t positions = problem_.positions;
+    uint64_t plain = 0;
+    std::vector<int> strided;
+    for (int t = 0; t < Count(program); t++) {
+      if (components[t].kind == STF_STRIDED) {
+        strided.push_back(t);
+      } else {
+        plain |= uint64_t{1} << t;
+      }
+    }
+    std::deque<Step> steps;
+    if (plain != 0 || strided.empty()) {
+      const bool block = Count(program) > 0 && plain == 1 && components[0].kind == STF_OWN_BLOCK;  // and nothing else but strided ones
+      const int rows = block ? PackedRows(std::min(components[0].a, positions)) : 0;
+      if (rows) {
+        const int64_t size = std::min(components[0].a, positions);
+        steps.push_back({backward ? kPackedBackward : kPackedForward, plain, (positions + size - 1) / size, size, 1, rows});
+      } else {
+        AddPlain(program, plain, backward, &steps);
+      }
+    }
+    for (const int t : strided) {
+      const int64_t stride = std::min(components[t].a, positions), length = (positions + stride - 1) / stride;
+      Step step = {kForward, uint64_t{1} << t, stride, 1, stride, PackedRows(length)};
+      if (step.packed_rows) {
+        step.pass = backward ? kPackedBackward : kPackedForward;
+        steps.push_back(step);
+      } else if (backward) {
+        step.pass = kQueryGrad;
+        steps.push_back(step);
+        step.pass = kKeyGrad;
+        steps.push_back(step);
+      } else {
+        steps.push_back(step);
+      }
+    }
+    return steps;
+  }
+
+  // All components over plain positions. Summaries number their keys in their own way, each.
+  void AddPlain(int32_t program, uint64_t plain, bool backward, std::deque<Step>* steps) const {
+    Step step = {kForward, plain, 1, 0, 1, 0};
+    if (!backward) {
+      steps->push_back(step);
+      return;
+    }
+    step.pass = kQueryGrad;
+    steps->push_back(step);
+    step.pass = kKeyGrad;
+    const stf_component* components = Components(program);
+    for (int t = 0; t < Count(program); t++) {
+      if (components[t].kind == STF_SUMMARY) step.members &= ~(uint64_t{1} << t);
+    }
+    steps->push_back(step);  // even without a member: it writes the zeros that summaries add to
+    for (int t = 0; t < Count(program); t++) {
+      if (components[t].kind != STF_SUMMARY) continue;
+      step.members = uint64_t{1} << t;
+      step.some_keys = true;
+      steps->push_back(step);
+    }
+  }
+
+  // Which steps are a program's first and last for its queries, and for its keys.
+  static void MarkEnds(std::deque<Step>* steps) {
+    Step *query = nullptr, *key = nullptr;
+    for (Step& step : *steps) {
+      step.first = step.last = step.key_first = step.key_last = false;
+      if (step.pass != kKeyGrad) {
+        step.first = query == nullptr;
+        query = &step;
+      }
+      if (step.pass == kKeyGrad || step.pass == kPackedBackward) {
+        step.key_first = key == nullptr;
+        key = &step;
+      }
+    }
+    if (query) query->last = true;
+    if (key) key->key_last = true;
+    // A summary's step has a few of the keys only, so that no step before it can leave the writing to it.
+    bool some = false;
+    for (auto step = steps->rbegin(); step != steps->rend(); ++step) {
+      step->key_write = step->key_last || some;
+      some = some || step->some_keys;
+    }
+  }
+
+  Launch Begin(const Step& step) const {
+    Launch launch = {};
+    launch.period = problem_.programs;
+    launch.sequences = static_cast<int32_t>(step.sequences);
+    launch.sequence_step = static_cast<int32_t>(step.sequence_step);
+    launch.step = static_cast<int32_t>(step.step);
+    const bool blocks = step.sequence_step > 1;
+    launch.longest = static_cast<int32_t>(blocks ? step.sequence_step : (problem_.positions + step.step - 1) / step.step);
+    launch.first = step.first;
+    launch.last = step.last;
+    launch.key_first = step.key_first;
+    launch.key_last = step.key_last;
+    launch.key_write = step.key_write;
+    launch.packed_rows = step.packed_rows;
+    launch.groups = groups_ && !step.packed_rows;
+    return launch;
+  }
+
+  bool Add(int32_t program, const Step& step, Launch* launch) const {
+    const int count = Count(program), slot = launch->programs, begin = launch->component_count;
+    if (slot == kMostPrograms || begin + count > kMostComponents) return false;
+    const int32_t limit = static_cast<int32_t>(problem_.positions);
+    auto clamp = [&](int64_t x) { return static_cast<int32_t>(std::min<int64_t>(x, limit)); };
+    for (int t = 0; t < count; t++) {
+      const stf_component& from = Components(program)[t];
+      Component& to = launch->components[begin + t];
+      to = {static_cast<int32_t>(from.kind),    clamp(from.a), clamp(from.b), clamp(from.c), clamp(from.d), 0,
+            static_cast<uint64_t>(from.exclude)};
+      if (from.kind == STF_BLOCKS) {
+        to.b = 0;
+        to.c = static_cast<int32_t>(from.c);  // a layout's row, however long
+        to.bits = from.b;
+      }
+      if (from.kind == STF_SUMMARY) {
+        const uint64_t width = std::max(to.c - to.b, 1);
+        uint32_t bits = 0;
+        while (uint64_t{1} << bits < width) bits++;
+        to.shift = 31 + bits;
+        to.reciprocal = static_cast<uint32_t>(((uint64_t{1} << to.shift) + width - 1) / width);
+      }
+      if (step.members >> t & 1 && (from.kind == STF_BLOCKS || from.exclude != 0)) launch->extra = true;
+    }
+    if (step.sequence_step > 1 && step.packed_rows) {  // own blocks, seen as sequences
+      launch->components[begin] = {STF_STRIDED, 1, 0, 0, 0, 0, static_cast<uint64_t>(Components(program)[0].exclude)};
+    }
+    launch->members[slot] = step.members;
+    launch->begin[slot] = static_cast<int16_t>(begin);
+    launch->number[slot] = program;
+    launch->programs++;
+    launch->component_count += count;
+    return true;
+  }
+
+  void End(const Step& step, Launch* launch) const {
+    const int64_t heads = problem_.heads;
+    int64_t most = 0, longest = 0;
+    for (int slot = 0; slot < launch->programs; slot++) {
+      longest = std::max(longest, Longest(*launch, slot, step));
+      most = std::max(most, (heads - launch->number[slot] + launch->period - 1) / launch->period);
+    }
+    launch->head_slots = static_cast<int32_t>(most * launch->programs);
+    if (step.packed_rows) {
+      const int packs = step.packed_rows <= 32 ? 2 : 1;
+      launch->tiles = static_cast<int32_t>((step.sequences + packs - 1) / packs);
+      return;
+    }
+    const int rows = TileRows(step.pass, problem_.dtype, depths_, groups_);
+    launch->tiles = static_cast<int32_t>((longest + rows - 1) / rows);
+  }
+
+  // Rows of a program's longest sequence of queries, or of its keys.
+  int64_t Longest(const Launch& launch, int slot, const Step& step) const {
+    if (step.pass != kKeyGrad || step.members == 0) return launch.longest;
+    const Component& c = launch.components[launch.begin[slot] + __builtin_ctzll(step.members)];
+    if (c.kind != STF_SUMMARY) return launch.longest;
+    return (problem_.positions / c.a + 1) * (c.c - c.b);
+  }
+
+  const stf_problem& problem_;
+  const int depths_;
+  const bool groups_;
+};
+
+}  // namespace
+
+Plan PlanForward(const stf_problem& problem, bool groups) { return Planner(problem, groups).Make(false); }
+Plan PlanBackward(const stf_problem& problem, bool groups) { return Planner(problem, groups).Make(true); }
+
+}  // namespace cuda
+}  // namespace stf

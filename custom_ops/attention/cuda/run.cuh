@@ -1,0 +1,98 @@
+// Starts the kernels of one dtype and pair of depths.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_RUN_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_RUN_CUH_
+
+#include "custom_ops/attention/cuda/backward.cuh"
+#include "custom_ops/attention/cuda/forward.cuh"
+#include "custom_ops/attention/cuda/group_kernels.cuh"
+#include "custom_ops/attention/cuda/kernels.h"
+#include "custom_ops/attention/cuda/packed.cuh"
+
+namespace stf {
+namespace cuda {
+
+template <typename Kernel>
+cudaError_t Start(Kernel kernel, int threads, int bytes, int64_t units, const Arguments& args, const Launch& launch, cudaStream_t stream) {
+  const int64_t blocks = units * args.batch * launch.head_slots;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(args, launch);
+  return cudaGetLastError();
+}
+
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
+cudaError_t RunPacked(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
+  using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
+  if constexpr (Tile::kBackwardBytes <= 227 * 1024) {
+    if (pass == kPackedForward) {
+      return Start(PackedForwardKernel<T, kKeyDepth, kValueDepth, kWarps>, Tile::kThreads, Tile::kForwardBytes, launch.tiles, args, launch,
+                   stream);
+    }
+    return Start(PackedBackwardKernel<T, kKeyDepth, kValueDepth, kWarps>, Tile::kThreads, Tile::kBackwardBytes, launch.tiles, args, launch,
+                 stream);
+  }
+  return cudaErrorInvalidConfiguration;
+}
+
+template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
+cudaError_t RunGroups(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
+  using Shape = GroupShape<kKeyDepth, kValueDepth>;
+  using Forward = GroupForwardTile<T, kKeyDepth, kValueDepth>;
+  using Query = GroupBackwardTile<kKeyDepth, kValueDepth, Shape::kQueryGroups>;
+  using Key = GroupBackwardTile<kKeyDepth, kValueDepth, Shape::kKeyGroups>;
+  const int64_t units = static_cast<int64_t>(launch.tiles) * launch.sequences;
+  if (pass == kForward) {
+    return Start(GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra>, Forward::kThreads, Forward::kBytes, units, args, launch, stream);
+  }
+  if (pass == kQueryGrad) {
+    return Start(GroupQueryGradKernel<T, kKeyDepth, kValueDepth, kExtra>, Query::kThreads, Query::kBytes, units, args, launch, stream);
+  }
+  return Start(GroupKeyGradKernel<T, kKeyDepth, kValueDepth, kExtra>, Key::kThreads, Key::kBytes, units, args, launch, stream);
+}
+
+template <typename T, int kIndex>
+cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
+  constexpr int kKeyDepth = kDepths[kIndex].key, kValueDepth = kDepths[kIndex].value;
+  const int64_t units = static_cast<int64_t>(launch.tiles) * launch.sequences;
+  using Backward = BackwardTile<T, kKeyDepth, kValueDepth>;
+  if constexpr (sizeof(T) == 2 && kValueDepth <= 128) {
+    if (launch.groups && pass <= kKeyGrad) {
+      return launch.extra ? RunGroups<T, kKeyDepth, kValueDepth, true>(pass, args, launch, stream)
+                          : RunGroups<T, kKeyDepth, kValueDepth, false>(pass, args, launch, stream);
+    }
+  }
+  switch (pass) {
+    case kForward: {
+      using Tile = ForwardTile<T, kKeyDepth, kValueDepth>;
+      return Start(ForwardKernel<T, kKeyDepth, kValueDepth>, Tile::kThreads, Tile::kBytes, units, args, launch, stream);
+    }
+    case kQueryGrad:
+      return Start(QueryGradKernel<T, kKeyDepth, kValueDepth>, Backward::kThreads, Backward::kBytes, units, args, launch, stream);
+    case kKeyGrad:
+      if constexpr (kKeyDepth + kValueDepth > 256) {
+        const cudaError_t error =
+            Start(KeyGradKernel<T, kKeyDepth, kValueDepth, kKeyPart>, Backward::kThreads, Backward::kBytes, units, args, launch, stream);
+        if (error != cudaSuccess) return error;
+        return Start(KeyGradKernel<T, kKeyDepth, kValueDepth, kValuePart>, Backward::kThreads, Backward::kBytes, units, args, launch,
+                     stream);
+      } else {
+        return Start(KeyGradKernel<T, kKeyDepth, kValueDepth, kBoth>, Backward::kThreads, Backward::kBytes, units, args, launch, stream);
+      }
+    default:
+      if constexpr (kKeyDepth + kValueDepth <= 256) {
+        if (launch.packed_rows <= 64) return RunPacked<T, kKeyDepth, kValueDepth, 4>(pass, args, launch, stream);
+        if (launch.packed_rows <= 96) return RunPacked<T, kKeyDepth, kValueDepth, 6>(pass, args, launch, stream);
+        return RunPacked<T, kKeyDepth, kValueDepth, 8>(pass, args, launch, stream);
+      }
+      return cudaErrorInvalidConfiguration;
+  }
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_RUN_CUH_

@@ -1,0 +1,64 @@
+// From a block's index to its piece of work.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_WORK_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_WORK_CUH_
+
+#include "custom_ops/attention/cuda/mask.cuh"
+
+namespace stf {
+namespace cuda {
+
+struct Work {
+  int batch, head, sequence, tile;
+  Head components;
+};
+
+// Heads are innermost, then sequences, so that blocks that run together read neighbouring memory; the last tiles, which are the longest
+// ones where the pattern is causal, come first. False where the head does not exist.
+__device__ inline bool FindWork(const Arguments& args, const Launch& launch, int sequences, bool last_first, Work* work) {
+  int index = blockIdx.x;
+  const int slot = index % launch.head_slots, program = slot % launch.programs;
+  index /= launch.head_slots;
+  work->sequence = index % sequences;
+  index /= sequences;
+  work->batch = index % args.batch;
+  work->tile = index / args.batch;
+  if (last_first) work->tile = launch.tiles - 1 - work->tile;
+  work->head = launch.number[program] + slot / launch.programs * launch.period;
+  work->components = {launch.components + launch.begin[program], launch.members[program]};
+  return work->head < args.heads;
+}
+
+__device__ inline int Length(const Arguments& args, int batch) {
+  return args.lengths ? min(max(args.lengths[batch], 0), args.positions) : args.positions;
+}
+
+// How many of a sequence's positions are less than `end`.
+__device__ inline int CountBelow(const Launch& launch, int sequence, int end) {
+  const int start = sequence * launch.sequence_step;
+  return end <= start ? 0 : min(launch.longest, (end - start - 1) / launch.step + 1);
+}
+
+// How many keys a sequence has, numbered as component c numbers them.
+__device__ inline int CountKeys(const Arguments& args, const Launch& launch, const Component& c, int sequence) {
+  if (c.kind != STF_SUMMARY) return CountBelow(launch, sequence, args.positions);
+  const int width = c.c - c.b, blocks = args.positions / c.a;
+  return blocks * width + min(width, max(0, args.positions - blocks * c.a - c.b));
+}
+
+__device__ inline View FindView(const Arguments& args, const Launch& launch, int sequence, int batch) {
+  return {sequence * launch.sequence_step, launch.step, CountBelow(launch, sequence, Length(args, batch))};
+}
+
+__device__ inline int64_t StatisticsBase(const Arguments& args, int batch, int head) {
+  return (static_cast<int64_t>(batch) * args.heads + head) * args.positions;
+}
+
+// Blocks at the most that a multiprocessor is asked to hold, from the shared memory that one takes.
+constexpr int FitBlocks(int bytes, int most) {
+  return 220 * 1024 / bytes < most ? (220 * 1024 / bytes < 1 ? 1 : 220 * 1024 / bytes) : most;
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_WORK_CUH_

@@ -1,0 +1,229 @@
+"""The CUDA kernels against float64 mathematics, through their C entry points. Needs PyTorch, nvcc and an NVIDIA GPU."""
+
+import importlib.util
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+_PATH = pathlib.Path(__file__).parents[2] / "custom_ops" / "attention" / "cuda" / "torch_binding.py"
+_SPEC = importlib.util.spec_from_file_location("torch_binding", _PATH)
+torch_binding = sys.modules["torch_binding"] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(torch_binding)
+patterns = torch_binding.import_patterns()
+
+Causal, Local, Strided, OwnBlock = patterns.Causal, patterns.Local, patterns.Strided, patterns.OwnBlock
+Summary, Blocks, PerHead, Fixed = patterns.Summary, patterns.Blocks, patterns.PerHead, patterns.Fixed
+
+HEADS = 3
+
+
+def blocks(n, size, seed=0, heads=None):
+    count = -(-n // size)
+    shape = [count, count] if heads is None else [heads, count, count]
+    layout = np.random.default_rng(seed).random(shape) < 0.4
+    return Blocks(np.tril(layout), size)
+
+
+PATTERNS = {
+    "causal": lambda n: Causal(),
+    "local": lambda n: Local(37),
+    "local 0": lambda n: Local(0),
+    "local 128": lambda n: Local(128),
+    "strided 128": lambda n: Strided(128),
+    "strided 7": lambda n: Strided(7),
+    "strided 2": lambda n: Strided(2),
+    "strided beyond": lambda n: Strided(100_000),
+    "own block": lambda n: OwnBlock(24),
+    "own block large": lambda n: OwnBlock(200),
+    "summary": lambda n: Summary(32, 8),
+    "summary head 0": lambda n: Summary(50, 7, sub_block=0),
+    "merged strided": lambda n: Local(20) | Strided(20),
+    "two strides": lambda n: Strided(6) | Strided(10),
+    "merged fixed": lambda n: Fixed(32, 8),
+    "blocks": lambda n: blocks(n, 16),
+    "blocks of 5, a layout a head": lambda n: blocks(n, 5, seed=1, heads=HEADS),
+    "everything": lambda n: blocks(n, 16) | Local(9) | Strided(11) | Summary(30, 4, sub_block=1) | OwnBlock(13),
+    "a pattern a head": lambda n: PerHead([Local(20), Strided(20), Fixed(20, 5)]),
+}
+
+
+def reference(query, key, value, mask, lengths, scale, dtype):
+    """Output and log-sum-exp by dense mathematics in `dtype`."""
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    score = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+    allowed = mask[None]
+    if lengths is not None:
+        used = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
+        allowed = allowed & used[:, None, :, None] & used[:, None, None, :]
+    empty = ~allowed.any(-1)
+    score = score.masked_fill(~allowed, -torch.inf).masked_fill(empty[..., None], 0)
+    log_sum_exp = torch.logsumexp(score, -1)
+    weight = torch.exp(score - log_sum_exp[..., None]).masked_fill(empty[..., None], 0)
+    return torch.einsum("bhij,bjhd->bihd", weight, value), log_sum_exp.masked_fill(empty, -torch.inf)
+
+
+def gradients(query, key, value, mask, lengths, scale, dtype, output_grad, sum_grad):
+    leaves = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
+    output, log_sum_exp = reference(*leaves, mask, lengths, scale, dtype)
+    loss = (output * output_grad.to(dtype)).sum()
+    if sum_grad is not None:
+        loss = loss + (log_sum_exp.masked_fill(torch.isinf(log_sum_exp), 0) * sum_grad.to(dtype)).sum()
+    return [output.detach(), log_sum_exp.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def spelled_out(query, key, value, mask, lengths, scale, dtype, output_grad, sum_grad):
+    """`gradients` by the formulas of a backward pass that keeps output and log-sum-exp alone, in `dtype`."""
+    output, log_sum_exp = reference(query, key, value, mask, lengths, scale, dtype)
+    query, key, value, output_grad = (x.to(dtype) for x in (query, key, value, output_grad))
+    score = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+    weight = torch.exp(score - log_sum_exp[..., None]).masked_fill(~mask[None], 0).nan_to_num(0, 0, 0)
+    if lengths is not None:
+        used = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
+        weight = weight * used[:, None, :, None] * used[:, None, None, :]
+    delta = (output_grad * output).sum(-1).transpose(1, 2)
+    if sum_grad is not None:
+        delta = delta - sum_grad.to(dtype)
+    score_grad = weight * (torch.einsum("bihd,bjhd->bhij", output_grad, value) - delta[..., None]) * scale
+    return [
+        output,
+        log_sum_exp,
+        torch.einsum("bhij,bjhd->bihd", score_grad, key),
+        torch.einsum("bhij,bihd->bjhd", score_grad, query),
+        torch.einsum("bhij,bihd->bjhd", weight, output_grad),
+    ]
+
+
+def run(attention, query, key, value, output_grad, sum_grad):
+    """Outputs and gradients of the kernels, into poisoned memory."""
+    batch, n, heads, _ = query.shape
+    poison = [torch.full_like(x, torch.nan) for x in (value, query, key, value)]
+    log_sum_exp = torch.full([batch, heads, n], torch.nan, device="cuda")
+    attention.forward(query, key, value, poison[0], log_sum_exp)
+    attention.backward(query, key, value, poison[0], log_sum_exp, output_grad, sum_grad, *poison[1:])
+    torch.cuda.synchronize()
+    return [poison[0], log_sum_exp, *poison[1:]]
+
+
+def check(
+    pattern,
+    n,
+    dtype=torch.bfloat16,
+    depths=(64, 64),
+    batch=2,
+    heads=HEADS,
+    with_lengths=False,
+    with_sum_grad=True,
+    scale=None,
+    pad=0,
+):
+    torch.manual_seed(n + sum(depths))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shapes = [[batch, n, heads, depth + pad] for depth in (depths[0], depths[0], depths[1], depths[1])]
+    tensors = [torch.randn(shape, device="cuda").to(dtype)[..., : shape[-1] - pad] for shape in shapes]
+    query, key, value, output_grad = tensors
+    sum_grad = torch.randn(batch, heads, n, device="cuda") if with_sum_grad else None
+    lengths = torch.tensor([n // 3, n][:batch], dtype=torch.int32, device="cuda") if with_lengths else None
+    scale = 1 / math.sqrt(depths[0]) if scale is None else scale
+    mask = torch.from_numpy(np.stack([pattern.mask(n, head) for head in range(heads)])).cuda()
+
+    attention = torch_binding.Attention(query, value, pattern, lengths, scale)
+    ours = run(attention, query, key, value, output_grad, sum_grad)
+    arguments = query, key, value, mask, lengths, scale
+    exact = gradients(*arguments, torch.float64, output_grad, sum_grad)
+    peers = [maths(*arguments, dtype, output_grad, sum_grad) for maths in (gradients, spelled_out)]
+    names = ("output", "log_sum_exp", "query_grad", "key_grad", "value_grad")
+    for name, x, y, *plain in zip(names, ours, exact, *peers, strict=True):
+        assert not torch.isnan(x).any(), f"{name}: {torch.isnan(x).sum()} of {x.numel()} are NaN"
+        assert torch.equal(torch.isinf(x), torch.isinf(y)), f"{name}: infinities"
+        error, *allowed = ((a.double() - y).masked_fill(torch.isinf(y), 0).abs().max().item() for a in (x, *plain))
+        # Where PyTorch happens to be exact, a rounding of the largest element.
+        rounding = torch.finfo(dtype).eps * y.masked_fill(torch.isinf(y), 0).abs().max().item()
+        assert error <= max(2 * max(allowed), rounding), f"{name}: error {error:.3g}, PyTorch's {allowed}"
+    again = run(attention, query, key, value, output_grad, sum_grad)
+    for x, y in zip(ours, again, strict=True):
+        assert torch.equal(x, y), "another run gave other bits"
+
+
+@pytest.mark.parametrize("n", [1, 37, 128, 389])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns(name, n):
+    check(PATTERNS[name](n), n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_dtypes(name, dtype):
+    check(PATTERNS[name](389), 389, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "depths", [(32, 32), (64, 128), (128, 128), (256, 256), (8, 24), (40, 96), (64, 200), (7, 5), (1, 256)], ids=str
+)
+@pytest.mark.parametrize("name", ["causal", "everything", "strided 7", "strided 128", "merged fixed"])
+def test_depths(name, depths, dtype):
+    check(PATTERNS[name](205), 205, dtype, depths)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_lengths(name):
+    check(PATTERNS[name](205), 205, with_lengths=True)
+    check(PATTERNS[name](205), 205, torch.float32, with_lengths=True)
+
+
+@pytest.mark.parametrize("length", [1, 24, 31, 32, 33, 64, 65, 96, 97, 128, 129])
+def test_packed_lengths(length):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(Strided(5), 5 * length - 2, dtype)
+        check(Local(5) | Strided(5), 5 * length - 3, dtype)
+        check(OwnBlock(length), 5 * length - length // 2, dtype)
+        check(OwnBlock(length) | Strided(length), 3 * length, dtype)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_scales(scale):
+    for name in ("causal", "merged strided"):
+        check(PATTERNS[name](150), 150, torch.float32, scale=scale)
+        check(PATTERNS[name](150), 150, torch.bfloat16, scale=scale)
+
+
+def test_without_gradient_of_the_sums():
+    check(Causal(), 100, with_sum_grad=False)
+
+
+@pytest.mark.parametrize("pad", [1, 8])
+def test_strides(pad):
+    """Rows that lie apart, also where they are not aligned to 16 bytes."""
+    for name in ("causal", "merged strided", "summary"):
+        check(PATTERNS[name](150), 150, pad=pad)
+        check(PATTERNS[name](150), 150, torch.float32, pad=pad)
+
+
+def test_many_programs():
+    """More programs than a launch has room for."""
+    pattern = PerHead(
+        [Local(h) | Summary(40 + h, 3, sub_block=0) | Blocks(np.eye(15, dtype=bool), 10) for h in range(50)]
+    )
+    check(pattern, 150, batch=1, heads=60)
+
+
+def test_nothing_to_do():
+    query = torch.zeros(2, 0, 3, 64, device="cuda", dtype=torch.bfloat16)
+    attention = torch_binding.Attention(query, query, Causal())
+    run(attention, query, query, query, query, None)
+
+
+def test_refusals():
+    query = torch.zeros(1, 4, 1, 264, device="cuda", dtype=torch.bfloat16)
+    attention = torch_binding.Attention(query, query, Causal())
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        run(attention, query, query, query, query, None)
