@@ -4,6 +4,8 @@
     python custom_ops/build.py --install-bazel    # first install Debian's bazel-bootstrap, if no Bazel is found
 
 With Debian's Bazel it needs no network: the rules are Bazel's own, TensorFlow's headers and library are the wheel's.
+Where nvcc is found (in $CUDA_HOME, on the PATH or in /usr/local/cuda) the library also has the GPU's kernels, for the
+architectures of $STF_CUDA_ARCHITECTURES (80,90a,100 unless set; 86 and 89 run 80's); STF_CUDA=off leaves them out.
 """
 
 import importlib.metadata
@@ -64,6 +66,24 @@ def tensorflow():
     return importlib.metadata.version("tensorflow"), pathlib.Path(spec.origin).parent
 
 
+def cuda():
+    """The folder of a CUDA toolkit, or an empty string."""
+    if os.environ.get("STF_CUDA") == "off":
+        return ""
+    named = pathlib.Path(os.environ.get("CUDA_HOME", "/nowhere"), "bin", "nvcc")
+    found = [str(named), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for nvcc in filter(None, found):
+        if not pathlib.Path(nvcc).exists():
+            continue
+        # The program on the PATH may be a script: nvcc itself knows where it lives.
+        said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        folder = pathlib.Path(top[1].strip()).resolve() if top else pathlib.Path(nvcc).resolve().parent.parent
+        if (folder / "lib64" / "libcudart_static.a").exists():
+            return str(folder)
+    return ""
+
+
 def build(install_bazel=False):
     """Builds the library; returns its path and that of the file that says what it was built for."""
     bazel, bazel_version = find_bazel(install_bazel)
@@ -73,7 +93,11 @@ def build(install_bazel=False):
         "STF_TENSORFLOW_LIB": folder,
         # What tf.sysconfig.get_compile_flags() says of TensorFlow 2.21's wheel, and what its build aligned Eigen to.
         "STF_TENSORFLOW_DEFINES": "_GLIBCXX_USE_CXX11_ABI=1 EIGEN_MAX_ALIGN_BYTES=64",
+        "STF_CUDA": cuda(),
+        "STF_CUDA_ARCHITECTURES": os.environ.get("STF_CUDA_ARCHITECTURES") or "80,90a,100",
     }
+    if not environment["STF_CUDA"]:
+        print("no nvcc found: building the CPU's kernels alone", flush=True)
     command = [bazel, "--max_idle_secs=60", "build", TARGET, *flags_for(bazel_version)]
     command += [f"--repo_env={name}={value}" for name, value in environment.items()]
     if os.environ.get("STF_BAZEL_OUTPUT"):

@@ -29,3 +29,36 @@ def cpu_kernels(name, srcs, hdrs, variants, variant_src, deps):
         srcs = srcs,
         deps = [":" + name + "_headers"] + [":" + name + "_" + variant for variant in variants],
     )
+
+def cuda_kernels(name, src, hdrs, nvcc, gencode, variants):
+    """Object files of one CUDA source, compiled by nvcc once for each variant.
+
+    Args:
+      name: of the filegroup of all of them.
+      src: the source.
+      hdrs: headers that it includes.
+      nvcc: path of the compiler.
+      gencode: its flags for the architectures.
+      variants: preprocessor definitions of each variant, by its name.
+    """
+    flags = "-std=c++17 -O3 -I. -Xcompiler=-fPIC --compress-mode=size -diag-suppress=128"
+    outs = []
+    for variant, defines in variants.items():
+        out = "%s_%s.pic.o" % (name, variant)
+        native.genrule(
+            name = "%s_%s" % (name, variant),
+            srcs = [src] + hdrs,
+            outs = [out],
+            cmd = "%s %s %s %s -c $(location %s) -o $@" % (
+                nvcc,
+                flags,
+                gencode,
+                " ".join(["-D" + define for define in defines]),
+                src,
+            ),
+        )
+        outs.append(out)
+    native.filegroup(
+        name = name,
+        srcs = outs,
+    )

@@ -1,5 +1,4 @@
-// Schema and shape functions of the attention op and its gradient, for every device. Kernels: attention_kernels.cc
-// (CPU).
+// Schema and shape functions of the attention op and its gradient, for every device. Kernels: attention_cpu.cc, attention_gpu.cc.
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"

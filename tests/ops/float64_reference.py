@@ -1,10 +1,8 @@
 """Attention and its gradient in NumPy, written out from the formulas: what the op is held against.
 
-It takes a mask `[head, position, position]` (from tests/paper_sets.py) and knows nothing of stf. In float64 it is
-the truth.
-In float32, with its results rounded to the op's dtype as the op rounds them, it is the same maths done densely,
-whose own
-error is the yardstick for the op's (see `error_budgets`).
+It takes a mask `[head, position, position]` (from tests/paper_sets.py) and knows nothing of stf. In float64 it is the
+truth. In float32, with its results rounded to the op's dtype as the op rounds them, it is the same maths done densely,
+whose own error is the yardstick for the op's (see `error_budgets`).
 """
 
 from typing import NamedTuple
@@ -92,13 +90,15 @@ def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
         rounded(p.swapaxes(-1, -2) @ d_out),
     )
 
+    score_sizes = abs(scale) * (abs(q) @ abs(k).swapaxes(-1, -2))
+    weight_sizes = p * (1 + score_sizes / ULPS)  # a weight has a rounding of its score
     terms = p * (abs(d_out) @ abs(v).swapaxes(-1, -2) + (abs(d_out) * abs(out)).sum(-1, keepdims=True) + abs(d_lse))
     sizes = Results(
-        p @ abs(v),
-        np.where(some, abs(scale) * (abs(q) @ abs(k).swapaxes(-1, -2)).max(-1, keepdims=True, initial=0) + abs(lse), 0),
+        weight_sizes @ abs(v),
+        np.where(some, score_sizes.max(-1, keepdims=True, initial=0) + abs(lse), 0),
         abs(scale) * (terms @ abs(k)),
         abs(scale) * (terms.swapaxes(-1, -2) @ abs(q)),
-        p.swapaxes(-1, -2) @ abs(d_out),
+        weight_sizes.swapaxes(-1, -2) @ abs(d_out),
     )
     return _op_layout(results), Results(*(float(x.max(initial=0)) for x in sizes))
 
@@ -126,10 +126,9 @@ def error_budgets(inputs, mask):
     """The truth, and how far the op may be from it: measured, not chosen.
 
     The yardstick is the error of the same maths done densely: `attention` in float32, each result (and the output
-    before
-    the gradients use it) rounded to the inputs' dtype. The op may be wrong by twice that, plus one rounding of the
-    largest result to the dtype and `ULPS` float32 roundings of the largest sum of terms: the order of a sum differs
-    from the yardstick's, and on tiny problems the yardstick may happen to be exact.
+    before the gradients use it) rounded to the inputs' dtype. The op may be wrong by twice that, plus one rounding of
+    the largest result to the dtype and `ULPS` float32 roundings of the largest sum of terms: the order of a sum differs
+    from the yardstick's (and the yardstick's from one BLAS to another), and on tiny problems it may happen to be exact.
     """
     dtype = inputs.query.dtype
     truth, sizes = attention(inputs, mask)

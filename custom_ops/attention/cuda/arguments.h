@@ -53,7 +53,7 @@ struct Launch {
   bool key_write;                                   // whether the keys' gradients are written: last, or the last that has some of the keys
   bool groups;                                      // whether warpgroups do it (group_kernels.cuh)
   bool extra;                                       // whether some component is a block layout or leaves out others
-  int32_t packed_rows;                              // packed: rows of a tile that a sequence takes
+  int32_t packed_rows;                              // packed: rows of a tile that a sequence takes; for warpgroups its length
 };
 
 }  // namespace cuda

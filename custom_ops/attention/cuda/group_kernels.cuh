@@ -177,13 +177,13 @@ struct GroupForwardTile {
   static constexpr int kBytes = GroupTile<kKeyDepth, kRows>::kBytes + 2 * kStage;
 };
 
-template <typename T, int kKeyDepth, int kValueDepth, int kRows, typename Mask>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
 __device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, const Context& context, const Mask& mask,
                                    const GroupSegment& segment, int group_begin, int row_end, uint32_t query, uint32_t key,
                                    uint32_t value) {
   float x[kGroupColumns / 8][4];
   BeginProducts();
-  GroupScores<T, kKeyDepth, kRows>(x, query, key);
+  GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
   CommitProducts();
   const float scale = context.args.scale, factor = (scale == 0 ? 1 : fabsf(scale)) * kLog2e;
   WaitForProducts();
@@ -204,7 +204,7 @@ __device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, 
   PackWeights<T>(p, x);
   Pin(softmax.sum);
   BeginProducts();
-  GroupWeighted<T, kValueDepth, kGroupColumns>(softmax.sum, p, value);
+  GroupWeighted<T, kValueDepth, kVisited>(softmax.sum, p, value);
   CommitProducts();
   WaitForProducts();
   Pin(softmax.sum);
@@ -265,9 +265,9 @@ __global__ __launch_bounds__(
       if (segment.component != mask.component) mask.Find(segment.component, view, first + group_row, end);
       const uint32_t keys = stages + (1 - stage) * Tile::kStage;
       if (mask.Reaches(segment)) {
-        GroupAttend<T, kKeyDepth, kValueDepth, Tile::kRows>(softmax, context, mask, segment, first + group_row, end,
-                                                            queries + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes, keys,
-                                                            keys + Tile::kKeyBytes);
+        GroupAttend<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(
+            softmax, context, mask, segment, first + group_row, end, queries + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes,
+            keys, keys + Tile::kKeyBytes);
       }
     }
     if (!more) break;
@@ -294,15 +294,15 @@ struct GroupBackwardTile {
 };
 
 // Adds a segment's keys to the query gradients of 64 queries, but for the factor scale.
-template <typename T, int kKeyDepth, int kValueDepth, int kRows, typename Mask>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
 __device__ inline void GroupAddQueryGrad(const Context& context, const Mask& mask, const GroupSegment& segment, int group_begin,
                                          int row_end, uint32_t query, uint32_t output_grad, uint32_t key, uint32_t value,
                                          const float (&log_sum_exp)[2], const float (&delta)[2], float (&sum)[kKeyDepth / 8][4]) {
   float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
   BeginProducts();
-  GroupScores<T, kKeyDepth, kRows>(x, query, key);
+  GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
   CommitProducts();
-  GroupScores<T, kValueDepth, kRows>(y, output_grad, value);
+  GroupScores<T, kValueDepth, kRows, kVisited>(y, output_grad, value);
   CommitProducts();
   WaitForProducts<1>();
   Pin(x);
@@ -323,7 +323,7 @@ __device__ inline void GroupAddQueryGrad(const Context& context, const Mask& mas
   PackWeights<T>(p, x);
   Pin(sum);
   BeginProducts();
-  GroupWeighted<T, kKeyDepth, kGroupColumns>(sum, p, key);
+  GroupWeighted<T, kKeyDepth, kVisited>(sum, p, key);
   CommitProducts();
   WaitForProducts();
   Pin(sum);
@@ -331,15 +331,15 @@ __device__ inline void GroupAddQueryGrad(const Context& context, const Mask& mas
 
 // Adds a segment's queries to the key and value gradients of 64 keys, the former but for the factor scale. log_sum_exp and delta are the
 // queries', in shared memory.
-template <typename T, int kKeyDepth, int kValueDepth, int kRows, typename Mask>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
 __device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask, const GroupSegment& segment, int group_begin, int row_end,
                                         uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad, const float* log_sum_exp,
                                         const float* delta, float (&key_sum)[kKeyDepth / 8][4], float (&value_sum)[kValueDepth / 8][4]) {
   float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
   BeginProducts();
-  GroupScores<T, kKeyDepth, kRows>(x, key, query);
+  GroupScores<T, kKeyDepth, kRows, kVisited>(x, key, query);
   CommitProducts();
-  GroupScores<T, kValueDepth, kRows>(y, value, output_grad);
+  GroupScores<T, kValueDepth, kRows, kVisited>(y, value, output_grad);
   CommitProducts();
   WaitForProducts<1>();
   Pin(x);
@@ -356,7 +356,7 @@ __device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask
   Pin(y);
   Pin(value_sum);
   BeginProducts();
-  GroupWeighted<T, kValueDepth, kGroupColumns>(value_sum, p, output_grad);
+  GroupWeighted<T, kValueDepth, kVisited>(value_sum, p, output_grad);
   CommitProducts();
 #pragma unroll
   for (int b = 0; b < kGroupColumns / 8; b++) {
@@ -368,7 +368,7 @@ __device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask
   PackWeights<T>(q, y);
   Pin(key_sum);
   BeginProducts();
-  GroupWeighted<T, kKeyDepth, kGroupColumns>(key_sum, q, query);
+  GroupWeighted<T, kKeyDepth, kVisited>(key_sum, q, query);
   CommitProducts();
   WaitForProducts();
   Pin(key_sum);
@@ -472,7 +472,7 @@ __global__ __launch_bounds__(
       if (segment.component != mask.component) mask.Find(segment.component, view, first + group_row, end);
       const uint32_t keys = stages + (1 - stage) * Tile::kStage;
       if (mask.Reaches(segment)) {
-        GroupAddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kRows>(
+        GroupAddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(
             context, mask, segment, first + group_row, end, queries + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes,
             grads + group_row * GroupTile<kValueDepth, Tile::kRows>::kRowBytes, keys, keys + Tile::kStageKeyBytes, log_sum_exp, delta, sum);
       }
@@ -551,7 +551,7 @@ __global__ __launch_bounds__(
       const uint32_t queries = stages + (1 - stage) * Tile::kStage;
       const float* statistics = reinterpret_cast<const float*>(shared + Tile::kStatistics) + (1 - stage) * 2 * kGroupColumns;
       if (mask.Reaches(segment)) {
-        GroupAddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kRows>(
+        GroupAddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(
             context, mask, segment, first + group_row, end, keys + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes,
             values + group_row * GroupTile<kValueDepth, Tile::kRows>::kRowBytes, queries, queries + Tile::kStageKeyBytes, statistics,
             statistics + kGroupColumns, key_sum, value_sum);

@@ -134,24 +134,24 @@ __device__ inline void Pin(float (&sum)[kBlocks][4]) {
   }
 }
 
-// a: the address of 64 rows in a tile of kRowsA; b: a tile of 8 * kBlocks rows.
-template <typename T, int kDepth, int kRowsA, int kBlocks>
+// a: the address of 64 rows in a tile of kRowsA; b: that of 8 * kBlocks rows in a tile of kRowsB.
+template <typename T, int kDepth, int kRowsA, int kRowsB, int kBlocks>
 __device__ inline void GroupScores(float (&sum)[kBlocks][4], uint32_t a, uint32_t b) {
   using A = GroupTile<kDepth, kRowsA>;
-  using B = GroupTile<kDepth, 8 * kBlocks>;
+  using B = GroupTile<kDepth, kRowsB>;
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) {
     const int panel = 2 * k / A::kRowChunks, within = 2 * k % A::kRowChunks * 16;
-    IssueScores<T>(sum, Describe<kDepth, kRowsA>(a + panel * A::kPanel + within),
-                   Describe<kDepth, 8 * kBlocks>(b + panel * B::kPanel + within), k > 0);
+    IssueScores<T>(sum, Describe<kDepth, kRowsA>(a + panel * A::kPanel + within), Describe<kDepth, kRowsB>(b + panel * B::kPanel + within),
+                   k > 0);
   }
 }
 
-// b: a tile of kRows rows; p: see PackWeights.
-template <typename T, int kDepth, int kRows>
-__device__ inline void GroupWeighted(float (&sum)[kDepth / 8][4], const uint32_t (&p)[kRows / 16][4], uint32_t b) {
+// b: the address of 16 * kSixteens rows in a tile of kRows; p: see PackWeights.
+template <typename T, int kDepth, int kRows, int kSixteens>
+__device__ inline void GroupWeighted(float (&sum)[kDepth / 8][4], const uint32_t (&p)[kSixteens][4], uint32_t b) {
 #pragma unroll
-  for (int k = 0; k < kRows / 16; k++) {
+  for (int k = 0; k < kSixteens; k++) {
     IssueWeighted<T>(sum, p[k], Describe<kDepth, kRows>(b + 2 * k * GroupTile<kDepth, kRows>::kEight));
   }
 }

@@ -9,6 +9,14 @@ namespace {
 
 int64_t Bytes(int32_t dtype, int depths) { return (dtype == STF_FLOAT32 ? 4 : 2) * (kDepths[depths].key + kDepths[depths].value); }
 
+// Bytes of shared memory that a block may have on the current device.
+int64_t SharedLimit() {
+  int device, bytes;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? bytes : 0;
+}
+
 template <typename T>
 cudaError_t RunDepths(int depths, Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   switch (depths) {
@@ -71,8 +79,8 @@ bool TakesGroups(const stf_problem& problem) {
 int PackedRowsOf(int64_t length, int32_t dtype, int depths) {
   const int64_t rows = (length + 31) / 32 * 32;
   if (rows > 128 || kDepths[depths].key + kDepths[depths].value > 256) return 0;
-  const int64_t tile = rows <= 64 ? 64 : rows, pitches = Bytes(dtype, depths) + 32;
-  return 2 * tile * (pitches + 4) <= 227 * 1024 ? static_cast<int>(rows) : 0;  // shared memory of the backward pass
+  const int64_t tile = rows <= 64 ? 64 : 128, pitches = Bytes(dtype, depths) + 32;
+  return 2 * tile * (pitches + 4) <= SharedLimit() ? static_cast<int>(rows) : 0;  // of the backward pass
 }
 
 }  // namespace cuda

@@ -32,7 +32,9 @@ int TileRows(Pass pass, int32_t dtype, int depths, bool groups);
 // Whether the current device and a problem are such that warpgroups can work on it (16-byte rows apart, see Arguments::vector).
 bool TakesGroups(const stf_problem& problem);
 
-// Whether sequences of `length` positions are packed: rows that each takes of a tile, or 0.
+constexpr int kMostGroupRows = 128;  // the longest sequence that warpgroups pack
+
+// Whether sequences of `length` positions are packed: rows that each takes of a tile (not a warpgroup's), or 0.
 int PackedRowsOf(int64_t length, int32_t dtype, int depths);
 
 // Starts one launch. Instantiated in kernels.cu for each dtype and pair of depths.

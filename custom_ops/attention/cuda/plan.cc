@@ -13,13 +13,14 @@ struct Step {
   uint64_t members;
   int64_t sequences, sequence_step, step;
   int packed_rows;
+  bool groups;                                       // whether warpgroups do it
   bool some_keys;                                    // whether keys are a summary's, not all
   bool first, last, key_first, key_last, key_write;  // see Launch
 
   bool Alike(const Step& other) const {
     return pass == other.pass && sequences == other.sequences && sequence_step == other.sequence_step && step == other.step &&
-           packed_rows == other.packed_rows && first == other.first && last == other.last && key_first == other.key_first &&
-           key_last == other.key_last && key_write == other.key_write;
+           packed_rows == other.packed_rows && groups == other.groups && first == other.first && last == other.last &&
+           key_first == other.key_first && key_last == other.key_last && key_write == other.key_write;
   }
 };
 
@@ -52,7 +53,12 @@ class Planner {
   const stf_component* Components(int32_t program) const { return problem_.components + problem_.program_begin[program]; }
   int Count(int32_t program) const { return problem_.program_begin[program + 1] - problem_.program_begin[program]; }
 
-  int PackedRows(int64_t length) const { return PackedRowsOf(length, problem_.dtype, depths_); }
+  // Makes a step over sequences of `length` positions a packed one, where they are short enough.
+  void Pack(const stf_component& component, int64_t length, bool backward, Step* step) const {
+    step->groups = groups_ && component.exclude == 0 && length <= kMostGroupRows;
+    step->packed_rows = step->groups ? static_cast<int>(length) : PackedRowsOf(length, problem_.dtype, depths_);
+    if (step->packed_rows) step->pass = backward ? kPackedBackward : kPackedForward;
+  }
 
   std::deque<Step> StepsOf(int32_t program, bool backward) const {
     const stf_component* components = Components(program);
@@ -69,21 +75,25 @@ class Planner {
     std::deque<Step> steps;
     if (plain != 0 || strided.empty()) {
       const bool block = Count(program) > 0 && plain == 1 && components[0].kind == STF_OWN_BLOCK;  // and nothing else but strided ones
-      const int rows = block ? PackedRows(std::min(components[0].a, positions)) : 0;
-      if (rows) {
-        const int64_t size = std::min(components[0].a, positions);
-        steps.push_back({backward ? kPackedBackward : kPackedForward, plain, (positions + size - 1) / size, size, 1, rows});
+      const int64_t size = block ? std::min(components[0].a, positions) : positions;
+      Step step = {kForward, plain, (positions + size - 1) / size, size, 1};
+      if (block) Pack(components[0], size, backward, &step);
+      if (step.packed_rows) {
+        steps.push_back(step);
       } else {
         AddPlain(program, plain, backward, &steps);
       }
     }
     for (const int t : strided) {
       const int64_t stride = std::min(components[t].a, positions), length = (positions + stride - 1) / stride;
-      Step step = {kForward, uint64_t{1} << t, stride, 1, stride, PackedRows(length)};
+      Step step = {kForward, uint64_t{1} << t, stride, 1, stride};
+      Pack(components[t], length, backward, &step);
       if (step.packed_rows) {
-        step.pass = backward ? kPackedBackward : kPackedForward;
         steps.push_back(step);
-      } else if (backward) {
+        continue;
+      }
+      step.groups = groups_;
+      if (backward) {
         step.pass = kQueryGrad;
         steps.push_back(step);
         step.pass = kKeyGrad;
@@ -97,7 +107,7 @@ class Planner {
 
   // All components over plain positions. Summaries number their keys in their own way, each.
   void AddPlain(int32_t program, uint64_t plain, bool backward, std::deque<Step>* steps) const {
-    Step step = {kForward, plain, 1, 0, 1, 0};
+    Step step = {kForward, plain, 1, 0, 1, 0, groups_};
     if (!backward) {
       steps->push_back(step);
       return;
@@ -156,7 +166,7 @@ class Planner {
     launch.key_last = step.key_last;
     launch.key_write = step.key_write;
     launch.packed_rows = step.packed_rows;
-    launch.groups = groups_ && !step.packed_rows;
+    launch.groups = step.groups;
     return launch;
   }
 
@@ -204,7 +214,8 @@ class Planner {
     }
     launch->head_slots = static_cast<int32_t>(most * launch->programs);
     if (step.packed_rows) {
-      const int packs = step.packed_rows <= 32 ? 2 : 1;
+      const int tile = step.packed_rows <= 64 ? 64 : kMostGroupRows;
+      const int packs = step.groups ? tile / step.packed_rows : step.packed_rows <= 32 ? 2 : 1;
       launch->tiles = static_cast<int32_t>((step.sequences + packs - 1) / packs);
       return;
     }

@@ -5,6 +5,7 @@
 #include "custom_ops/attention/cuda/backward.cuh"
 #include "custom_ops/attention/cuda/forward.cuh"
 #include "custom_ops/attention/cuda/group_kernels.cuh"
+#include "custom_ops/attention/cuda/group_packed.cuh"
 #include "custom_ops/attention/cuda/kernels.h"
 #include "custom_ops/attention/cuda/packed.cuh"
 
@@ -54,6 +55,17 @@ cudaError_t RunGroups(Pass pass, const Arguments& args, const Launch& launch, cu
   return Start(GroupKeyGradKernel<T, kKeyDepth, kValueDepth, kExtra>, Key::kThreads, Key::kBytes, units, args, launch, stream);
 }
 
+template <typename T, int kKeyDepth, int kValueDepth, int kRows>
+cudaError_t RunGroupPacked(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
+  using Tile = GroupPackedTile<kKeyDepth, kValueDepth, kRows>;
+  if (pass == kPackedForward) {
+    return Start(GroupPackedForwardKernel<T, kKeyDepth, kValueDepth, kRows>, kGroupThreads, Tile::kForwardBytes, launch.tiles, args, launch,
+                 stream);
+  }
+  return Start(GroupPackedBackwardKernel<T, kKeyDepth, kValueDepth, kRows>, kGroupThreads, Tile::kBackwardBytes, launch.tiles, args, launch,
+               stream);
+}
+
 template <typename T, int kIndex>
 cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   constexpr int kKeyDepth = kDepths[kIndex].key, kValueDepth = kDepths[kIndex].value;
@@ -63,6 +75,10 @@ cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, cudaStre
     if (launch.groups && pass <= kKeyGrad) {
       return launch.extra ? RunGroups<T, kKeyDepth, kValueDepth, true>(pass, args, launch, stream)
                           : RunGroups<T, kKeyDepth, kValueDepth, false>(pass, args, launch, stream);
+    }
+    if (launch.groups) {
+      return launch.packed_rows <= 64 ? RunGroupPacked<T, kKeyDepth, kValueDepth, 64>(pass, args, launch, stream)
+                                      : RunGroupPacked<T, kKeyDepth, kValueDepth, 128>(pass, args, launch, stream);
     }
   }
   switch (pass) {
@@ -85,7 +101,6 @@ cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, cudaStre
     default:
       if constexpr (kKeyDepth + kValueDepth <= 256) {
         if (launch.packed_rows <= 64) return RunPacked<T, kKeyDepth, kValueDepth, 4>(pass, args, launch, stream);
-        if (launch.packed_rows <= 96) return RunPacked<T, kKeyDepth, kValueDepth, 6>(pass, args, launch, stream);
         return RunPacked<T, kKeyDepth, kValueDepth, 8>(pass, args, launch, stream);
       }
       return cudaErrorInvalidConfiguration;

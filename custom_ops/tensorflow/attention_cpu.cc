@@ -5,27 +5,16 @@
 #include <thread>
 
 #include "custom_ops/attention/cpu/attention.h"
-#include "custom_ops/tensorflow/attention_program.h"
-#include "tensorflow/core/framework/op_kernel.h"
+#include "custom_ops/tensorflow/attention_call.h"
 #include "tensorflow/core/lib/core/threadpool.h"
-#include "tensorflow/core/platform/errors.h"
 
 namespace stf {
 namespace {
 
-using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
-using tensorflow::errors::InvalidArgument;
-
-template <typename T>
-constexpr int32_t kDtype = STF_FLOAT32;
-template <>
-constexpr int32_t kDtype<tensorflow::bfloat16> = STF_BFLOAT16;
-template <>
-constexpr int32_t kDtype<Eigen::half> = STF_FLOAT16;
 
 // TensorFlow's own worker threads as the kernels' stf_parallel. The calling thread works too, and runs whatever the
 // pool has not begun, so that a pool that is busy (or whose thread this is) delays nothing.
@@ -70,70 +59,20 @@ class Workers {
   stf_parallel parallel_;
 };
 
-absl::Status CheckShape(const char* name, const Tensor& tensor, const TensorShape& wanted) {
-  if (tensor.shape() == wanted) return absl::OkStatus();
-  return InvalidArgument(name, " must have shape ", wanted.DebugString(), ". Received: ", name, "=", tensor.shape().DebugString());
-}
-
-stf_tensor Strided(const Tensor& tensor) {
-  const int64_t positions = tensor.dim_size(1), heads = tensor.dim_size(2), depth = tensor.dim_size(3);
-  return {const_cast<char*>(tensor.tensor_data().data()), positions * heads * depth, heads * depth, depth};
+// Lengths lie in host memory: each is looked at.
+absl::Status CheckLengths(const stf_problem& problem) {
+  for (int64_t i = 0; problem.lengths && i < problem.batch; i++) {
+    if (problem.lengths[i] < 0 || problem.lengths[i] > problem.positions)
+      return tensorflow::errors::InvalidArgument("lengths must be from 0 to ", problem.positions, ". Received: lengths[", i,
+                                                 "]=", problem.lengths[i]);
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Launched(int error) {
   if (error == 0) return absl::OkStatus();
   return tensorflow::errors::ResourceExhausted("StfAttention: no memory for the CPU kernels' scratch");
 }
-
-template <typename T>
-class AttentionBase : public OpKernel {
- public:
-  explicit AttentionBase(OpKernelConstruction* context) : OpKernel(context) { OP_REQUIRES_OK(context, program_.Init(context)); }
-
- protected:
-  // The problem that the first four inputs describe. It points into them and into this kernel.
-  absl::Status Read(OpKernelContext* context, stf_problem* problem) const {
-    const Tensor &query = context->input(0), &key = context->input(1), &value = context->input(2), &lengths = context->input(3);
-    const char* names[] = {"query", "key", "value"};
-    for (int i = 0; i < 3; i++) {
-      if (context->input(i).dims() != 4)
-        return InvalidArgument(names[i], " must be [batch, position, head, depth]. Received: ", names[i], "=",
-                               context->input(i).shape().DebugString());
-    }
-    TF_RETURN_IF_ERROR(CheckShape("key", key, query.shape()));
-    TensorShape value_shape = query.shape();
-    value_shape.set_dim(3, value.dim_size(3));
-    TF_RETURN_IF_ERROR(CheckShape("value", value, value_shape));
-    const int64_t batch = query.dim_size(0), positions = query.dim_size(1), heads = query.dim_size(2);
-    if (lengths.dims() != 1 || (lengths.dim_size(0) != 0 && lengths.dim_size(0) != batch))
-      return InvalidArgument("lengths must be [batch] = [", batch, "] or empty. Received: lengths=", lengths.shape().DebugString());
-    const bool ragged = lengths.dim_size(0) != 0;
-    for (int64_t i = 0; ragged && i < batch; i++) {
-      const int32_t length = lengths.vec<int32_t>()(i);
-      if (length < 0 || length > positions)
-        return InvalidArgument("lengths must be from 0 to ", positions, ". Received: lengths[", i, "]=", length);
-    }
-    TF_RETURN_IF_ERROR(program_.CheckPositions(positions));
-    if (heads > 0 && program_.begin.size() < 2)
-      return InvalidArgument("program_begin must describe a head's components. Received: none for ", heads, " heads");
-    *problem = {batch,
-                positions,
-                heads,
-                query.dim_size(3),
-                value.dim_size(3),
-                kDtype<T>,
-                program_.scale,
-                static_cast<int32_t>(program_.begin.size()) - 1,
-                program_.begin.data(),
-                program_.components.data(),
-                reinterpret_cast<const uint8_t*>(program_.layouts.data()),
-                ragged ? lengths.vec<int32_t>().data() : nullptr};
-    return absl::OkStatus();
-  }
-
- private:
-  Program program_;
-};
 
 template <typename T>
 class AttentionCpu : public AttentionBase<T> {
@@ -143,6 +82,7 @@ class AttentionCpu : public AttentionBase<T> {
   void Compute(OpKernelContext* context) override {
     stf_problem problem;
     OP_REQUIRES_OK(context, this->Read(context, &problem));
+    OP_REQUIRES_OK(context, CheckLengths(problem));
     Tensor *output, *log_sum_exp;
     OP_REQUIRES_OK(context, context->allocate_output(0, context->input(2).shape(), &output));
     OP_REQUIRES_OK(context, context->allocate_output(1, TensorShape({problem.batch, problem.heads, problem.positions}), &log_sum_exp));
@@ -162,14 +102,10 @@ class AttentionGradCpu : public AttentionBase<T> {
   void Compute(OpKernelContext* context) override {
     stf_problem problem;
     OP_REQUIRES_OK(context, this->Read(context, &problem));
+    OP_REQUIRES_OK(context, CheckLengths(problem));
     const Tensor &output = context->input(4), &log_sum_exp = context->input(5);
     const Tensor &output_grad = context->input(6), &log_sum_exp_grad = context->input(7);
-    const TensorShape& shape = context->input(2).shape();
-    const TensorShape statistic({problem.batch, problem.heads, problem.positions});
-    OP_REQUIRES_OK(context, CheckShape("output", output, shape));
-    OP_REQUIRES_OK(context, CheckShape("log_sum_exp", log_sum_exp, statistic));
-    OP_REQUIRES_OK(context, CheckShape("output_grad", output_grad, shape));
-    OP_REQUIRES_OK(context, CheckShape("log_sum_exp_grad", log_sum_exp_grad, statistic));
+    OP_REQUIRES_OK(context, this->CheckGradient(context, problem));
     Tensor* grads[3];
     stf_tensor inputs[3], outputs[3];
     for (int i = 0; i < 3; i++) {
