@@ -3,6 +3,7 @@
 #   make train ARGS="--data_dir=PATH --preset=cifar10"     train the CIFAR-10 Sparse Transformer
 #   make test                                              what .ci/run runs
 #   make test-all                                          every test, the slow sweeps too
+#   make test-gpu                                          the tests that need an NVIDIA GPU
 #   make lint, make format, make lib, make wheel, make clean
 #
 # Needs Python 3.11 or later, g++ and make. On Debian and Ubuntu the rest (Python's venv, Bazel, for `make test` a browser)
@@ -21,6 +22,8 @@ LIBRARY := stf/ops/libstf_ops.so
 SOURCES := $(shell find custom_ops third_party -type f -not -path '*/__pycache__/*') WORKSPACE BUILD .bazelrc .bazelversion
 CPP := $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BAZEL_FILES := WORKSPACE $(shell find BUILD custom_ops third_party -name BUILD -o -name '*.bzl')
+# On a machine with an NVIDIA GPU, the CUDA libraries that TensorFlow loads.
+CUDA_LIBRARIES := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo "-r requirements-cuda.lock")
 ARGS ?=
 
 .PHONY: setup train test test-all test-gpu browser lint format lib wheel clean
@@ -33,8 +36,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(INSTALL) python3-venv
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/dependencies: requirements.lock | $(BIN)/python
-	$(PIP) install -r requirements.lock
+$(VENV)/dependencies: requirements.lock requirements-cuda.lock | $(BIN)/python
+	$(PIP) install -r requirements.lock $(CUDA_LIBRARIES)
 	touch $@
 
 lib: $(LIBRARY)

@@ -1,4 +1,4 @@
-"""CPU kernels that are compiled once for each instruction set and chosen at run time."""
+"""Kernels that are compiled more than once: for each instruction set of a CPU, for each dtype and depth on a GPU."""
 
 def cpu_kernels(name, srcs, hdrs, variants, variant_src, deps):
     """A library of kernels.
@@ -30,35 +30,40 @@ def cpu_kernels(name, srcs, hdrs, variants, variant_src, deps):
         deps = [":" + name + "_headers"] + [":" + name + "_" + variant for variant in variants],
     )
 
-def cuda_kernels(name, src, hdrs, nvcc, gencode, variants):
-    """Object files of one CUDA source, compiled by nvcc once for each variant.
+def cuda_kernels(name, srcs, hdrs, kernels_src, nvcc, gencode, variants, deps):
+    """A library of CUDA kernels, compiled by nvcc once for each variant, and of what launches them.
 
     Args:
-      name: of the filegroup of all of them.
-      src: the source.
-      hdrs: headers that it includes.
-      nvcc: path of the compiler.
+      name: of the library.
+      srcs: sources in C++, for the host.
+      hdrs: headers of all.
+      kernels_src: the source in CUDA.
+      nvcc: path of the compiler; nothing is made where this is None.
       gencode: its flags for the architectures.
       variants: preprocessor definitions of each variant, by its name.
+      deps: what the sources in C++ need.
     """
+    if not nvcc:
+        return
     flags = "-std=c++17 -O3 -I. -Xcompiler=-fPIC --compress-mode=size -diag-suppress=128"
     outs = []
     for variant, defines in variants.items():
-        out = "%s_%s.pic.o" % (name, variant)
+        outs.append("%s_%s.pic.o" % (name, variant))
         native.genrule(
             name = "%s_%s" % (name, variant),
-            srcs = [src] + hdrs,
-            outs = [out],
+            srcs = [kernels_src] + hdrs,
+            outs = outs[-1:],
             cmd = "%s %s %s %s -c $(location %s) -o $@" % (
                 nvcc,
                 flags,
                 gencode,
                 " ".join(["-D" + define for define in defines]),
-                src,
+                kernels_src,
             ),
         )
-        outs.append(out)
-    native.filegroup(
+    native.cc_library(
         name = name,
-        srcs = outs,
+        srcs = srcs + outs,
+        hdrs = hdrs,
+        deps = deps,
     )

@@ -1,6 +1,6 @@
 """CUDA's compiler, headers and static runtime, where they are installed, as the repository @cuda.
 
-`@cuda//:cuda.bzl` says whether there is one: HAVE_CUDA; and NVCC, its path, and GENCODE, nvcc's flags of the architectures.
+`@cuda//:cuda.bzl` has NVCC, the compiler's path or None, and GENCODE, its flags of the architectures.
 """
 
 _BUILD = """
@@ -22,6 +22,7 @@ cc_library(
 
 def _gencode(architectures):
     flags = ["-gencode=arch=compute_%s,code=sm_%s" % (name, name) for name in architectures]
+
     # PTX of the least one, for chips that none of them runs on.
     least = architectures[0]
     return flags + ["-gencode=arch=compute_%s,code=compute_%s" % (least, least)]
@@ -31,8 +32,7 @@ def _cuda_configure(context):
     context.file("BUILD", _BUILD if folder else "")
     architectures = context.os.environ.get("STF_CUDA_ARCHITECTURES", "").split(",")
     context.file("cuda.bzl", "\n".join([
-        "HAVE_CUDA = %s" % bool(folder),
-        "NVCC = %r" % (folder + "/bin/nvcc"),
+        "NVCC = %r" % (folder + "/bin/nvcc" if folder else None),
         "GENCODE = %r" % (" ".join(_gencode(architectures)) if folder else ""),
     ]) + "\n")
     if folder:
