@@ -54,6 +54,22 @@ struct Launch {
   bool groups;                                      // whether warpgroups do it (group_kernels.cuh)
   bool extra;                                       // whether some component is a block layout or leaves out others
   int32_t packed_rows;                              // packed: rows of a tile that a sequence takes; for warpgroups its length
+  int64_t units;                                    // for warpgroups: pieces of work in all
+  bool brief;                                       // whether each is short: a block then takes every gridDim.x-th
+};
+
+// A tensor as Hopper's copy engine knows it (CUtensorMap), opaque.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
+// What the blocks of a launch copy: of each pair, first the tensor of depth key_depth, then that of depth value_depth. Rows are numbered as
+// the launch's sequences are. Where some sequences have a position more than others, these `longer` first ones need a map of their own.
+struct Maps {
+  TensorMap own[2][2], streamed[2][2];  // [tensor][whether of a longer sequence]: a block's own rows, and those that it visits
+  TensorMap summary[2];                 // the latter, by position, a few at a time: a summary's columns
+  int32_t own_rows, summary_rows;       // rows that are copied at a time
+  int32_t longer;
 };
 
 }  // namespace cuda

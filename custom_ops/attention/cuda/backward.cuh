@@ -25,14 +25,14 @@ template <typename T, int kKeyDepth, int kValueDepth>
 __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void QueryGradKernel(const __grid_constant__ Arguments args,
                                                                                      const __grid_constant__ Launch launch) {
   using Tile = BackwardTile<T, kKeyDepth, kValueDepth>;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const grads = queries + Tile::kRows * kPitch<T, kKeyDepth>;
   T* const stages = queries + Tile::kOwn;
   float* const deltas = reinterpret_cast<float*>(stages + Tile::kStages * Tile::kStage);
 
   Work work;
-  if (!FindWork(args, launch, launch.sequences, true, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.sequences, true, &work)) return;
   const View view = FindView(args, launch, work.sequence, work.batch);
   const int existing = CountBelow(launch, work.sequence, args.positions);
   const int first = work.tile * Tile::kRows;
@@ -123,18 +123,18 @@ __global__ __launch_bounds__(128,
                              (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1)) void KeyGradKernel(const __grid_constant__ Arguments args,
                                                                                                  const __grid_constant__ Launch launch) {
   using Tile = BackwardTile<T, kKeyDepth, kValueDepth>;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   T* const keys = reinterpret_cast<T*>(shared);
   T* const values = keys + Tile::kRows * kPitch<T, kKeyDepth>;
   T* const stages = keys + Tile::kOwn;
 
   Work work;
-  if (!FindWork(args, launch, launch.sequences, false, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.sequences, false, &work)) return;
   const View view = FindView(args, launch, work.sequence, work.batch);
   const Head& head = work.components;
   const Component plain = {STF_CAUSAL, 0, 0, 0, 0, 0, 0};
   const Component& numbering = head.members ? head.components[__ffsll(head.members) - 1] : plain;
-  const int existing = CountKeys(args, launch, numbering, work.sequence);
+  const int existing = CountKeys(launch, numbering, work.sequence, args.positions);
   const int first = work.tile * Tile::kRows;
   if (first >= existing) return;
   const int end = min(first + Tile::kRows, existing);

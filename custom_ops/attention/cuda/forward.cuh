@@ -26,12 +26,12 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
                                                         : 1)) void ForwardKernel(const __grid_constant__ Arguments args,
                                                                                  const __grid_constant__ Launch launch) {
   using Tile = ForwardTile<T, kKeyDepth, kValueDepth>;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const stages = queries + Tile::kQueryElements;
 
   Work work;
-  if (!FindWork(args, launch, launch.sequences, true, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.sequences, true, &work)) return;
   const View view = FindView(args, launch, work.sequence, work.batch);
   const int existing = CountBelow(launch, work.sequence, args.positions);
   const int first = work.tile * Tile::kQueries;

@@ -33,13 +33,17 @@ constexpr int kGroupAlignment = 1024;  // of tiles
 
 __device__ inline uint32_t SharedAddress(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
-// A matrix in shared memory: bytes between panels (where it is read by rows), and between eights of rows.
+// A matrix in shared memory, `offset` bytes behind an address: bytes between panels (where it is read by rows), and between eights of
+// rows. Of its two words only the low one varies.
 template <int kDepth, int kRows>
-__device__ inline uint64_t Describe(uint32_t address) {
+__device__ inline uint64_t Describe(uint32_t address, int offset) {
   using Tile = GroupTile<kDepth, kRows>;
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(Tile::kPanel >> 4) << 16 |
-         static_cast<uint64_t>(Tile::kEight >> 4) << 32 | Tile::kSwizzle;
+  const uint32_t low = (address >> 4 | (Tile::kPanel >> 4) << 16) + (offset >> 4);
+  return static_cast<uint64_t>(Tile::kEight >> 4) << 32 | Tile::kSwizzle | low;
 }
+
+// A value that is the same in all lanes, told to the compiler.
+__device__ inline uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 // Shared memory written by this thread so far may be read by the tensor cores after the next barrier.
 __device__ inline void FenceShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -142,7 +146,7 @@ __device__ inline void GroupScores(float (&sum)[kBlocks][4], uint32_t a, uint32_
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) {
     const int panel = 2 * k / A::kRowChunks, within = 2 * k % A::kRowChunks * 16;
-    IssueScores<T>(sum, Describe<kDepth, kRowsA>(a + panel * A::kPanel + within), Describe<kDepth, kRowsB>(b + panel * B::kPanel + within),
+    IssueScores<T>(sum, Describe<kDepth, kRowsA>(a, panel * A::kPanel + within), Describe<kDepth, kRowsB>(b, panel * B::kPanel + within),
                    k > 0);
   }
 }
@@ -152,7 +156,7 @@ template <typename T, int kDepth, int kRows, int kSixteens>
 __device__ inline void GroupWeighted(float (&sum)[kDepth / 8][4], const uint32_t (&p)[kSixteens][4], uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kSixteens; k++) {
-    IssueWeighted<T>(sum, p[k], Describe<kDepth, kRows>(b + 2 * k * GroupTile<kDepth, kRows>::kEight));
+    IssueWeighted<T>(sum, p[k], Describe<kDepth, kRows>(b, 2 * k * GroupTile<kDepth, kRows>::kEight));
   }
 }
 
@@ -189,20 +193,12 @@ __device__ void LoadGroupRows(uint32_t tile, const T* base, int64_t stride, int 
   }
 }
 
-// The same of rows whose positions follow one another: row r < count comes from base + r * step, in bytes.
-template <typename T, int kDepth, int kRows, int kThreads>
-__device__ void LoadGroupRun(uint32_t tile, const T* base, int64_t step, int depth, int count) {
-  constexpr int kChunks = kDepth / 8, kStep = kThreads / kChunks;
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-  tile += GroupTile<kDepth, kRows>::Offset(first, chunk);
-  const char* from = reinterpret_cast<const char*>(base + 8 * chunk) + first * step;
-  if (8 * chunk >= depth) count = 0;
-#pragma unroll
-  for (int i = 0; i < kRows; i += kStep, from += kStep * step) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + i * GroupTile<kDepth, kRows>::kRowBytes), "l"(from),
-                 "r"(first + i < count ? 16 : 0)
-                 : "memory");
-  }
+// The block's copies so far are there, and may be read by the tensor cores; what they read before may be overwritten. The fence waits for
+// all copies under way: the next ones are started after it.
+__device__ inline void FinishCopies() {
+  WaitForCopies<0>();
+  FenceShared();
+  __syncthreads();
 }
 
 }  // namespace cuda

@@ -75,7 +75,7 @@ __global__ __launch_bounds__(kGroupThreads,
   const uint32_t queries = SharedAddress(shared), keys = queries + Tile::kKeyBytes, values = keys + Tile::kKeyBytes;
 
   Work work;
-  if (!FindWork(args, launch, launch.tiles, false, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
   const Packs packs(launch, work, kRows);
   const int end = Length(args, work.batch);
   auto place = [&](int row) { return packs.Position(launch, row, end); };
@@ -141,7 +141,7 @@ __global__ __launch_bounds__(kGroupThreads, (kKeyDepth + kValueDepth <= 64 ? 3 :
   float* const deltas = log_sum_exps + kRows;
 
   Work work;
-  if (!FindWork(args, launch, launch.tiles, false, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
   const Packs packs(launch, work, kRows);
   const int end = Length(args, work.batch);
   auto place = [&](int row) { return packs.Position(launch, row, end); };
@@ -156,10 +156,15 @@ __global__ __launch_bounds__(kGroupThreads, (kKeyDepth + kValueDepth <= 64 ? 3 :
   CommitCopies();
 
   const int64_t statistics = StatisticsBase(args, work.batch, work.head);
-  for (int row = threadIdx.x / 32 * 16; row < kRows && launch.first; row += 64) {
-    GroupSumProducts<T, kValueDepth>(deltas + row, Base<const T>(args.output, work.batch, work.head), args.output.position_stride,
+  for (int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; row < kRows && launch.first; row += 64) {
+    float delta[2];
+    GroupSumProducts<T, kValueDepth>(delta, Base<const T>(args.output, work.batch, work.head), args.output.position_stride,
                                      Base<const T>(args.output_grad, work.batch, work.head), args.output_grad.position_stride,
-                                     args.value_depth, [&](int r) { return place(row + r); });
+                                     args.value_depth, [&](int r) { return place(row + 8 * r); });
+    if (threadIdx.x % 4 == 0) {
+      deltas[row] = delta[0];
+      deltas[row + 8] = delta[1];
+    }
   }
   __syncthreads();
   if (threadIdx.x < kRows) {

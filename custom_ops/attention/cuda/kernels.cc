@@ -3,18 +3,19 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
+#include "custom_ops/attention/cuda/tensor_maps.h"
+
 namespace stf {
 namespace cuda {
 namespace {
 
 int64_t Bytes(int32_t dtype, int depths) { return (dtype == STF_FLOAT32 ? 4 : 2) * (kDepths[depths].key + kDepths[depths].value); }
 
-// Bytes of shared memory that a block may have on the current device.
-int64_t SharedLimit() {
-  int device, bytes;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  return known ? bytes : 0;
+int Attribute(cudaDeviceAttr attribute) {
+  int device, value;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
 template <typename T>
@@ -70,17 +71,17 @@ int TileRows(Pass pass, int32_t dtype, int depths, bool groups) {
 bool TakesGroups(const stf_problem& problem) {
   const int depths = FindDepths(problem);
   if (problem.dtype == STF_FLOAT32 || depths < 0 || kDepths[depths].value > 128) return false;
-  int device, major, minor;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9 &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && minor == 0;
+  return Attribute(cudaDevAttrComputeCapabilityMajor) == 9 && Attribute(cudaDevAttrComputeCapabilityMinor) == 0 && HasMaps();
 }
+
+int Multiprocessors() { return std::max(1, Attribute(cudaDevAttrMultiProcessorCount)); }
 
 int PackedRowsOf(int64_t length, int32_t dtype, int depths) {
   const int64_t rows = (length + 31) / 32 * 32;
   if (rows > 128 || kDepths[depths].key + kDepths[depths].value > 256) return 0;
   const int64_t tile = rows <= 64 ? 64 : 128, pitches = Bytes(dtype, depths) + 32;
-  return 2 * tile * (pitches + 4) <= SharedLimit() ? static_cast<int>(rows) : 0;  // of the backward pass
+  return 2 * tile * (pitches + 4) <= Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) ? static_cast<int>(rows)
+                                                                                        : 0;  // of the backward pass
 }
 
 }  // namespace cuda

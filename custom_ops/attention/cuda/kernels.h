@@ -21,9 +21,9 @@ constexpr Depths kDepths[] = {{32, 32}, {64, 64}, {64, 128}, {128, 128}, {256, 2
 // memory allow.
 template <int kKeyDepth, int kValueDepth>
 struct GroupShape {
-  static constexpr int kForwardGroups = kValueDepth <= 64 ? 2 : 1, kForwardBlocks = kValueDepth <= 64 ? 2 : 3;
+  static constexpr int kForwardGroups = kValueDepth <= 64 ? 2 : 3, kForwardBlocks = kValueDepth <= 64 ? 2 : 1;
   static constexpr int kQueryGroups = 1, kQueryBlocks = kKeyDepth <= 64 ? 3 : 2;
-  static constexpr int kKeyGroups = 1, kKeyBlocks = kKeyDepth <= 32 ? 3 : 2;
+  static constexpr int kKeyGroups = kKeyDepth <= 32 ? 3 : kKeyDepth <= 64 ? 1 : 2, kKeyBlocks = kKeyDepth == 64 ? 2 : 1;
 };
 
 // Rows of a tile of queries, or of keys in the pass over keys. Packed tiles have as many rows as launch.packed_rows asks for.
@@ -31,6 +31,8 @@ int TileRows(Pass pass, int32_t dtype, int depths, bool groups);
 
 // Whether the current device and a problem are such that warpgroups can work on it (16-byte rows apart, see Arguments::vector).
 bool TakesGroups(const stf_problem& problem);
+
+int Multiprocessors();  // of the current device; at least 1
 
 constexpr int kMostGroupRows = 128;  // the longest sequence that warpgroups pack
 

@@ -66,13 +66,13 @@ template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
 __global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_constant__ Arguments args,
                                                                    const __grid_constant__ Launch launch) {
   using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const keys = queries + Tile::kKeyElements;
   T* const values = keys + Tile::kKeyElements;
 
   Work work;
-  if (!FindWork(args, launch, launch.tiles, false, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
@@ -125,7 +125,7 @@ template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
 __global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid_constant__ Arguments args,
                                                                     const __grid_constant__ Launch launch) {
   using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const keys = queries + Tile::kKeyElements;
   T* const values = keys + Tile::kKeyElements;
@@ -134,7 +134,7 @@ __global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid
   float* const deltas = log_sum_exps + Tile::kRows;
 
   Work work;
-  if (!FindWork(args, launch, launch.tiles, false, &work)) return;
+  if (!FindWork(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };

@@ -24,6 +24,8 @@ struct Step {
   }
 };
 
+constexpr int kBrief = 2048;  // columns that a row visits at the most where a block does not stop after one tile
+
 class Planner {
  public:
   Planner(const stf_problem& problem, bool groups) : problem_(problem), depths_(FindDepths(problem)), groups_(groups) {}
@@ -221,6 +223,15 @@ class Planner {
     }
     const int rows = TileRows(step.pass, problem_.dtype, depths_, groups_);
     launch->tiles = static_cast<int32_t>((longest + rows - 1) / rows);
+    launch->units = int64_t{launch->tiles} * launch->sequences * launch->head_slots * problem_.batch;
+    launch->brief = true;
+    for (int slot = 0; slot < launch->programs; slot++) {
+      for (uint64_t left = launch->members[slot]; left; left &= left - 1) {
+        const Component& c = launch->components[launch->begin[slot] + __builtin_ctzll(left)];
+        const bool bounded = c.kind == STF_LOCAL || c.kind == STF_OWN_BLOCK;
+        if ((bounded ? c.a : launch->longest) > kBrief) launch->brief = false;
+      }
+    }
   }
 
   // Rows of a program's longest sequence of queries, or of its keys.

@@ -8,6 +8,7 @@
 #include "custom_ops/attention/cuda/group_packed.cuh"
 #include "custom_ops/attention/cuda/kernels.h"
 #include "custom_ops/attention/cuda/packed.cuh"
+#include "custom_ops/attention/cuda/tensor_maps.h"
 
 namespace stf {
 namespace cuda {
@@ -39,20 +40,37 @@ cudaError_t RunPacked(Pass pass, const Arguments& args, const Launch& launch, cu
   return cudaErrorInvalidConfiguration;
 }
 
+// The same of a kernel of group_kernels.cuh, whose blocks, where each has little to do, take several units.
+template <typename Kernel>
+cudaError_t StartGroups(Kernel kernel, int threads, int bytes, int blocks, Pass pass, int key_depth, int value_depth, const Arguments& args,
+                        const Launch& launch, cudaStream_t stream) {
+  Maps maps;
+  cudaError_t error = MakeMaps(pass, key_depth, value_depth, args, launch, &maps);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t most = launch.brief ? blocks * Multiprocessors() : INT32_MAX;
+  kernel<<<static_cast<unsigned>(launch.units < most ? launch.units : most), threads, bytes, stream>>>(args, launch, maps);
+  return cudaGetLastError();
+}
+
 template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
 cudaError_t RunGroups(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   using Shape = GroupShape<kKeyDepth, kValueDepth>;
-  using Forward = GroupForwardTile<T, kKeyDepth, kValueDepth>;
-  using Query = GroupBackwardTile<kKeyDepth, kValueDepth, Shape::kQueryGroups>;
-  using Key = GroupBackwardTile<kKeyDepth, kValueDepth, Shape::kKeyGroups>;
-  const int64_t units = static_cast<int64_t>(launch.tiles) * launch.sequences;
+  using Tiles = GroupTiles<kKeyDepth, kValueDepth>;
+  if (launch.units == 0) return cudaSuccess;
+  if (launch.units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+  auto start = [&](auto kernel, auto tile, int blocks) {
+    using Tile = decltype(tile);
+    return StartGroups(kernel, Tile::kThreads, Tile::kBytes, blocks, pass, kKeyDepth, kValueDepth, args, launch, stream);
+  };
   if (pass == kForward) {
-    return Start(GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra>, Forward::kThreads, Forward::kBytes, units, args, launch, stream);
+    return start(GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra>, typename Tiles::Forward(), Shape::kForwardBlocks);
   }
   if (pass == kQueryGrad) {
-    return Start(GroupQueryGradKernel<T, kKeyDepth, kValueDepth, kExtra>, Query::kThreads, Query::kBytes, units, args, launch, stream);
+    return start(GroupQueryGradKernel<T, kKeyDepth, kValueDepth, kExtra>, typename Tiles::QueryGrad(), Shape::kQueryBlocks);
   }
-  return Start(GroupKeyGradKernel<T, kKeyDepth, kValueDepth, kExtra>, Key::kThreads, Key::kBytes, units, args, launch, stream);
+  return start(GroupKeyGradKernel<T, kKeyDepth, kValueDepth, kExtra>, typename Tiles::KeyGrad(), Shape::kKeyBlocks);
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, int kRows>

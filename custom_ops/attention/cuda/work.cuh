@@ -14,8 +14,7 @@ struct Work {
 
 // Heads are innermost, then sequences, so that blocks that run together read neighbouring memory; the last tiles, which are the longest
 // ones where the pattern is causal, come first. False where the head does not exist.
-__device__ inline bool FindWork(const Arguments& args, const Launch& launch, int sequences, bool last_first, Work* work) {
-  int index = blockIdx.x;
+__device__ inline bool FindWork(const Arguments& args, const Launch& launch, int index, int sequences, bool last_first, Work* work) {
   const int slot = index % launch.head_slots, program = slot % launch.programs;
   index /= launch.head_slots;
   work->sequence = index % sequences;
@@ -38,11 +37,11 @@ __device__ inline int CountBelow(const Launch& launch, int sequence, int end) {
   return end <= start ? 0 : min(launch.longest, (end - start - 1) / launch.step + 1);
 }
 
-// How many keys a sequence has, numbered as component c numbers them.
-__device__ inline int CountKeys(const Arguments& args, const Launch& launch, const Component& c, int sequence) {
-  if (c.kind != STF_SUMMARY) return CountBelow(launch, sequence, args.positions);
-  const int width = c.c - c.b, blocks = args.positions / c.a;
-  return blocks * width + min(width, max(0, args.positions - blocks * c.a - c.b));
+// How many keys a sequence has at positions less than `end`, numbered as component c numbers them.
+__device__ inline int CountKeys(const Launch& launch, const Component& c, int sequence, int end) {
+  if (c.kind != STF_SUMMARY) return CountBelow(launch, sequence, end);
+  const int width = c.c - c.b, blocks = end / c.a;
+  return blocks * width + min(width, max(0, end - blocks * c.a - c.b));
 }
 
 __device__ inline View FindView(const Arguments& args, const Launch& launch, int sequence, int batch) {

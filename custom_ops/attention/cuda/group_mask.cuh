@@ -1,0 +1,137 @@
+// Which pairs of a warpgroup's 64 rows and a segment's columns stand: mask.cuh, found once for all segments of a component.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MASK_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MASK_CUH_
+
+#include "custom_ops/attention/cuda/tile.cuh"
+#include "custom_ops/attention/cuda/work.cuh"
+
+namespace stf {
+namespace cuda {
+
+constexpr int kGroupColumns = 64;  // of a segment: what a tile visits at once
+
+// A piece of one component's walk, as Segment, the component where it lies.
+struct GroupSegment {
+  const Component* component;
+  int begin, count;
+};
+
+// What a thread's two rows, and its group's 64, need of one component: intervals of its numbering of columns. Found once for all segments
+// of the component.
+template <bool kByKey, bool kExtra>
+struct GroupMask {
+  const Component* component = nullptr;
+  Interval rows[2], reach, common;  // the thread's rows' own; what any row of the group needs; what all do
+
+  // Rows group_begin ... group_begin + 63; those from row_end on are not in use.
+  __device__ void Find(const Component* of, const View& view, int group_begin, int row_end) {
+    component = of;
+    const Component& c = *of;
+    const int last = min(group_begin + 63, row_end - 1);
+    reach = common = {0, 0};
+    rows[0] = rows[1] = {0, 0};
+    if (last < group_begin) return;
+    const Interval top = Of(c, group_begin, view), bottom = Of(c, last, view);
+    reach = {top.low, bottom.high};
+    if (last == group_begin + 63) common = {bottom.low, top.high};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = group_begin + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+      if (row <= last) rows[r] = Of(c, row, view);
+    }
+  }
+
+  __device__ bool Reaches(const GroupSegment& segment) const {
+    return segment.begin < reach.high && segment.begin + segment.count > reach.low;
+  }
+
+  // Calls leave_out(block, e) for each element of the thread's accumulators that may not stand.
+  template <typename LeaveOutElement>
+  __device__ void Apply(const Context& context, const GroupSegment& segment, int group_begin, int row_end,
+                        LeaveOutElement leave_out) const {
+    const Component& c = *component;
+    const int end = segment.begin + segment.count, last = min(group_begin + 63, row_end - 1);
+    const bool extra = kExtra && (c.exclude || c.kind == STF_BLOCKS) &&
+                       (kByKey ? NeedsExtra(context.head, c, context.view, segment.begin, end - 1, group_begin, last)
+                               : NeedsExtra(context.head, c, context.view, group_begin, last, segment.begin, end - 1));
+    if (!extra && segment.begin >= common.low && segment.begin + kGroupColumns <= common.high) return;
+    const int lane_column = segment.begin + threadIdx.x % 4 * 2;
+    if (!kExtra || !extra) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int low = rows[r].low - lane_column, high = min(rows[r].high, end) - lane_column;
+#pragma unroll
+        for (int b = 0; b < kGroupColumns / 8; b++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            if (8 * b + e < low || 8 * b + e >= high) leave_out(b, 2 * r + e);
+          }
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int unit = 0; unit < kGroupColumns / kUnit; unit++) {
+      uint32_t bits = 0;
+#pragma unroll
+      for (int x = 0; x < kUnit / 2; x++) {
+        const int column = lane_column + unit * kUnit + x / 4 * 8 + x % 2;
+        const Interval& row = rows[x / 2 % 2];
+        if (column >= row.low && column < min(row.high, end)) bits |= 1u << x;
+      }
+      bits = LeaveOut<kByKey>(context.args, context.head, context.view, c, group_begin + threadIdx.x / 32 % 4 * 16,
+                              segment.begin + unit * kUnit, bits);
+#pragma unroll
+      for (int x = 0; x < kUnit / 2; x++) {
+        if (!(bits >> x & 1)) leave_out(unit * kUnit / 8 + x / 4, x % 4);
+      }
+    }
+  }
+
+ private:
+  __device__ static Interval Of(const Component& c, int row, const View& view) {
+    return kByKey ? QueriesOf(c, row, view.count) : KeysOf(c, row);
+  }
+};
+
+// Walk (mask.cuh) for a block: segments of kGroupColumns.
+template <bool kByKey, bool kExtra>
+class GroupWalk {
+ public:
+  __device__ GroupWalk(const Context& context, int first, int last)
+      : context_(context), first_(first), last_(last), left_(last < first ? 0 : context.head.members) {}
+
+  __device__ bool Next(GroupSegment* segment) {
+    while (true) {
+      while (next_ >= end_) {
+        if (!left_) return false;
+        component_ = context_.head.components + (__ffsll(left_) - 1);
+        left_ &= left_ - 1;
+        const Component& c = *component_;
+        const int count = context_.view.count;
+        next_ = (kByKey ? QueriesOf(c, first_, count) : KeysOf(c, first_)).low;
+        end_ = kByKey ? min(QueriesOf(c, last_, count).high, count) : KeysOf(c, last_).high;
+      }
+      *segment = {component_, next_, min(kGroupColumns, end_ - next_)};
+      next_ += kGroupColumns;
+      if (!kExtra || component_->kind != STF_BLOCKS || AnyBlock(segment->begin, segment->begin + segment->count - 1)) return true;
+    }
+  }
+
+ private:
+  __device__ bool AnyBlock(int begin, int last) const {
+    return AnyBit(context_.args.layouts, *component_, kByKey ? begin : first_, kByKey ? last : last_, kByKey ? first_ : begin,
+                  kByKey ? last_ : last);
+  }
+
+  const Context& context_;
+  const int first_, last_;
+  uint64_t left_;
+  const Component* component_ = nullptr;
+  int next_ = 0, end_ = 0;
+};
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MASK_CUH_

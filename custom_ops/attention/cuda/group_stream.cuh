@@ -1,0 +1,243 @@
+// How warpgroups get their tiles: one warp of the block asks Hopper's copy engine for them, a ring of stages ahead of the warpgroups, and
+// barriers in shared memory say when a stage is full and when it is empty again. Blocks stay for several tiles of rows where the launch
+// says so, and the ring does not stop between them.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_STREAM_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_STREAM_CUH_
+
+#include "custom_ops/attention/cuda/group_mask.cuh"
+#include "custom_ops/attention/cuda/group_matrix.cuh"
+
+namespace stf {
+namespace cuda {
+
+// Barriers, 8 bytes of shared memory each.
+__device__ inline void StartBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void Arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+// Arrives, and has the barrier wait for so many bytes of the copy engine.
+__device__ inline void ArriveAndExpect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives once this thread's copies (CopyAsync) so far are there.
+__device__ inline void ArriveAfterCopies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void WaitForPhase(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(
+          barrier),
+      "r"(phase)
+      : "memory");
+}
+
+// A place in a ring; the phase changes with every round.
+template <int kStages>
+struct Turn {
+  uint32_t stage = 0, phase = 0;
+  __device__ void Next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Copies rows of one head to a tile: kRows of them, `box` at a time (what the map was made for), each time from index(row) on, of the
+// numbering that the map has. For one thread.
+template <int kDepth, int kRows, typename Index>
+__device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, uint32_t barrier, const Work& work, int sequence,
+                                Index index) {
+  using Tile = GroupTile<kDepth, kRows>;
+  constexpr int kPanels = Tile::kBytes / Tile::kPanel;
+  for (int row = 0; row < kRows; row += box) {
+    const int at = index(row);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; panel++) {
+      asm volatile(
+          "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+              tile + panel * Tile::kPanel + row * Tile::kRowBytes),
+          "l"(&map), "r"(barrier), "r"(panel * Tile::kRowBytes / 2), "r"(sequence), "r"(at), "r"(work.head), "r"(work.batch)
+          : "memory");
+    }
+  }
+}
+
+// Rows of a tile from `begin` on become zeros. For a warpgroup, whose tensor cores may read them after that.
+template <int kDepth, int kRows>
+__device__ inline void ClearRows(uint32_t tile, int begin, int end) {
+  using Tile = GroupTile<kDepth, kRows>;
+  for (int i = threadIdx.x % 128; i < (end - begin) * Tile::kChunks; i += 128) {
+    const uint32_t at = tile + Tile::Offset(begin + i / Tile::kChunks, i % Tile::kChunks);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+  }
+}
+
+// The warpgroup's threads wait for one another; what they wrote to shared memory may then be read by its tensor cores.
+__device__ inline void JoinGroup() {
+  FenceShared();
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
+}
+
+// What the filling warp says of a stage.
+struct __align__(16) Note {
+  int component, begin, count, last;  // component: of the head's; count 0: nothing to do; last: of a tile's
+};
+
+// A tile of rows: queries, or keys where kByKey.
+struct Job {
+  Work work;
+  View view;
+  int existing, used, first, end;  // rows of the sequence, and those in use; the tile's
+
+  // False where there is nothing to do.
+  template <bool kByKey>
+  __device__ bool Find(const Arguments& args, const Launch& launch, int unit, int rows) {
+    if (!FindWork(args, launch, unit, launch.sequences, !kByKey, &work)) return false;
+    view = FindView(args, launch, work.sequence, work.batch);
+    existing = kByKey ? CountKeys(launch, Numbering(), work.sequence, args.positions) : CountBelow(launch, work.sequence, args.positions);
+    first = work.tile * rows;
+    used = kByKey ? CountKeys(launch, Numbering(), work.sequence, Length(args, work.batch)) : view.count;
+    end = min(first + rows, kByKey ? existing : used);
+    return first < existing;
+  }
+
+  // The component whose numbering of keys a launch by keys has.
+  __device__ Component Numbering() const {
+    const uint64_t members = work.components.members;
+    return members ? work.components.components[__ffsll(members) - 1] : Component{STF_CAUSAL};
+  }
+};
+
+// Shared memory of a block: its own rows (of two tensors, or of one), stages of two streamed ones, statistics of the streamed rows, notes
+// and barriers.
+template <int kGroups, int kOwnKeyDepth, int kOwnValueDepth, int kKeyDepth, int kValueDepth, bool kStatisticsToo, int kBlocks>
+struct StreamTile {
+  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128, kRows = 64 * kGroups;
+  // Registers of a thread: at the start, of the filling warp, of the others. A multiprocessor has 512 for each thread of a warpgroup.
+  static constexpr int kStartRegisters = 512 / (kBlocks * (kGroups + 1)) / 8 * 8, kFillRegisters = 32;
+  static constexpr int kLeft = (kStartRegisters * (kGroups + 1) - kFillRegisters) / kGroups / 8 * 8, kRegisters = kLeft < 240 ? kLeft : 240;
+  static constexpr int kOwnKeyBytes = kRows * kOwnKeyDepth * 2, kOwnBytes = kOwnKeyBytes + kRows * kOwnValueDepth * 2;
+  static constexpr int kStageKeyBytes = kGroupColumns * kKeyDepth * 2, kStageBytes = kStageKeyBytes + kGroupColumns * kValueDepth * 2;
+  static constexpr int kStatisticsBytes = kStatisticsToo ? 2 * kGroupColumns * 4 : 0;
+  static constexpr int kBudget = 227 * 1024 / kBlocks - 1024 - 256;
+  static constexpr int kMore = kStageBytes + kStatisticsBytes;
+  static constexpr int kOwnStages = kBudget >= 2 * kOwnBytes + 2 * kMore ? 2 : 1;
+  static constexpr int kFit = (kBudget - kOwnStages * kOwnBytes) / kMore, kStages = kFit < 4 ? kFit : 4;
+  static_assert(kStages >= 2, "the next stage is filled while one is used");
+  static constexpr int kRing = kOwnStages * kOwnBytes, kStatistics = kRing + kStages * kStageBytes;
+  static constexpr int kNotes = kStatistics + kStages * kStatisticsBytes, kBarriers = kNotes + kStages * sizeof(Note);
+  static constexpr int kBytes = kBarriers + 8 * (2 * kOwnStages + 2 * kStages);
+};
+
+// The addresses of all that.
+template <typename Tile>
+struct Stream {
+  char* shared;
+  uint32_t base;
+
+  __device__ explicit Stream(char* memory) : shared(memory), base(SharedAddress(memory)) {}
+  __device__ uint32_t Own(uint32_t stage) const { return base + stage * Tile::kOwnBytes; }
+  __device__ uint32_t Stage(uint32_t stage) const { return base + Tile::kRing + stage * Tile::kStageBytes; }
+  __device__ float* Statistics(uint32_t stage) const {
+    return reinterpret_cast<float*>(shared + Tile::kStatistics) + stage * 2 * kGroupColumns;
+  }
+  __device__ Note* NoteOf(uint32_t stage) const { return reinterpret_cast<Note*>(shared + Tile::kNotes) + stage; }
+  __device__ uint32_t Full(uint32_t stage) const { return base + Tile::kBarriers + 8 * stage; }
+  __device__ uint32_t Empty(uint32_t stage) const { return Full(Tile::kStages + stage); }
+  __device__ uint32_t OwnFull(uint32_t stage) const { return Full(2 * Tile::kStages + stage); }
+  __device__ uint32_t OwnEmpty(uint32_t stage) const { return Full(2 * Tile::kStages + Tile::kOwnStages + stage); }
+
+  // `fills`: arrivals that make a stage full.
+  __device__ void Start(int fills) const {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < Tile::kStages; stage++) {
+        StartBarrier(Full(stage), fills);
+        StartBarrier(Empty(stage), Tile::kConsumers / 32);
+      }
+      for (int stage = 0; stage < Tile::kOwnStages; stage++) {
+        StartBarrier(OwnFull(stage), 1);
+        StartBarrier(OwnEmpty(stage), Tile::kConsumers / 32);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      FenceShared();
+    }
+    __syncthreads();
+  }
+};
+
+// Registers are handed from the warpgroup of the filling warp, of which only that one goes on, to the others.
+template <int kRegisters>
+__device__ inline void GiveRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void TakeRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The filling warp's life. copy_own(job, tile, barrier) and copy(job, segment, stage, full) are called by lane 0, and by all lanes
+// copy_more(job, segment, stage, full), which arrives 32 times if at all.
+template <typename Tile, bool kByKey, bool kExtra, typename CopyOwn, typename Copy, typename CopyMore>
+__device__ inline void Fill(const Stream<Tile>& stream, const Arguments& args, const Launch& launch, CopyOwn copy_own, Copy copy,
+                            CopyMore copy_more) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  Turn<Tile::kOwnStages> own;
+  Turn<Tile::kStages> turn;
+  for (int unit = blockIdx.x; unit < launch.units; unit += gridDim.x) {
+    Job job;
+    if (!job.Find<kByKey>(args, launch, unit, Tile::kRows)) continue;
+    WaitForPhase(stream.OwnEmpty(own.stage), own.phase ^ 1);
+    if (first_lane) {
+      ArriveAndExpect(stream.OwnFull(own.stage), Tile::kOwnBytes);
+      copy_own(job, stream.Own(own.stage), stream.OwnFull(own.stage));
+    }
+    own.Next();
+    const Context context = {args, job.work.components, job.view};
+    GroupWalk<kByKey, kExtra> walk(context, job.first, job.end - 1);
+    GroupSegment next = {};
+    bool more = walk.Next(&next);
+    do {
+      const bool any = more;
+      const GroupSegment segment = any ? next : GroupSegment{};
+      more = any && walk.Next(&next);
+      WaitForPhase(stream.Empty(turn.stage), turn.phase ^ 1);
+      const uint32_t full = stream.Full(turn.stage);
+      copy_more(job, segment, turn.stage, full);
+      if (first_lane) {
+        const int component = any ? static_cast<int>(segment.component - job.work.components.components) : 0;
+        *stream.NoteOf(turn.stage) = {component, segment.begin, segment.count, !more};
+        if (any) {
+          ArriveAndExpect(full, Tile::kStageBytes);
+          copy(job, segment, stream.Stage(turn.stage), full);
+        } else {
+          Arrive(full);
+        }
+      }
+      turn.Next();
+    } while (more);
+  }
+}
+
+// A warpgroup's turns through the segments of one job: use(segment, last_stage).
+template <typename Tile, typename Use>
+__device__ inline void Drain(const Stream<Tile>& stream, const Job& job, Turn<Tile::kStages>* turn, Use use) {
+  while (true) {
+    WaitForPhase(stream.Full(turn->stage), turn->phase);
+    const Note note = *stream.NoteOf(turn->stage);
+    if (note.count) use(GroupSegment{job.work.components.components + note.component, note.begin, note.count}, turn->stage);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) Arrive(stream.Empty(turn->stage));
+    turn->Next();
+    if (note.last) return;
+  }
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_STREAM_CUH_

@@ -1,0 +1,155 @@
+// The arithmetic of tile.cuh for a warpgroup: 64 rows by one segment, out of shared memory.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_TILE_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_TILE_CUH_
+
+#include "custom_ops/attention/cuda/group_mask.cuh"
+#include "custom_ops/attention/cuda/group_matrix.cuh"
+
+namespace stf {
+namespace cuda {
+
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
+__device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, const Context& context, const Mask& mask,
+                                   const GroupSegment& segment, int group_begin, int row_end, uint32_t query, uint32_t key,
+                                   uint32_t value) {
+  float x[kGroupColumns / 8][4];
+  BeginProducts();
+  GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
+  CommitProducts();
+  const float scale = context.args.scale, factor = (scale == 0 ? 1 : fabsf(scale)) * kLog2e;
+  WaitForProducts();
+  Pin(x);
+  if (scale <= 0) {
+#pragma unroll
+    for (auto& block : x) {
+#pragma unroll
+      for (float& each : block) each = scale < 0 ? -each : 0;
+    }
+  }
+  mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = -INFINITY; });
+  float largest[2] = {-INFINITY, -INFINITY}, base[2];
+  softmax.Largest(largest, x);
+  softmax.Raise(largest, factor, base);
+  softmax.Exponentiate(x, factor, base);
+  uint32_t p[kGroupColumns / 16][4];
+  PackWeights<T>(p, x);
+  Pin(softmax.sum);
+  BeginProducts();
+  GroupWeighted<T, kValueDepth, kVisited>(softmax.sum, p, value);
+  CommitProducts();
+  WaitForProducts();
+  Pin(softmax.sum);
+}
+
+// Adds a segment's keys to the query gradients of 64 queries, but for the factor scale.
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
+__device__ inline void GroupAddQueryGrad(const Context& context, const Mask& mask, const GroupSegment& segment, int group_begin,
+                                         int row_end, uint32_t query, uint32_t output_grad, uint32_t key, uint32_t value,
+                                         const float (&log_sum_exp)[2], const float (&delta)[2], float (&sum)[kKeyDepth / 8][4]) {
+  float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
+  BeginProducts();
+  GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
+  CommitProducts();
+  GroupScores<T, kValueDepth, kRows, kVisited>(y, output_grad, value);
+  CommitProducts();
+  WaitForProducts<1>();
+  Pin(x);
+#pragma unroll
+  for (int b = 0; b < kGroupColumns / 8; b++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[b][e] = Weight<T>(x[b][e], context.args.scale, log_sum_exp[e / 2]);
+  }
+  mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
+  WaitForProducts();
+  Pin(y);
+#pragma unroll
+  for (int b = 0; b < kGroupColumns / 8; b++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[b][e] *= y[b][e] - delta[e / 2];
+  }
+  uint32_t p[kGroupColumns / 16][4];
+  PackWeights<T>(p, x);
+  Pin(sum);
+  BeginProducts();
+  GroupWeighted<T, kKeyDepth, kVisited>(sum, p, key);
+  CommitProducts();
+  WaitForProducts();
+  Pin(sum);
+}
+
+// Adds a segment's queries to the key and value gradients of 64 keys, the former but for the factor scale. log_sum_exp and delta are the
+// queries', in shared memory.
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
+__device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask, const GroupSegment& segment, int group_begin, int row_end,
+                                        uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad, const float* log_sum_exp,
+                                        const float* delta, float (&key_sum)[kKeyDepth / 8][4], float (&value_sum)[kValueDepth / 8][4]) {
+  float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
+  BeginProducts();
+  GroupScores<T, kKeyDepth, kRows, kVisited>(x, key, query);
+  CommitProducts();
+  GroupScores<T, kValueDepth, kRows, kVisited>(y, value, output_grad);
+  CommitProducts();
+  WaitForProducts<1>();
+  Pin(x);
+#pragma unroll
+  for (int b = 0; b < kGroupColumns / 8; b++) {
+    const float2 sums = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[b][e] = Weight<T>(x[b][e], context.args.scale, e % 2 ? sums.y : sums.x);
+  }
+  mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
+  uint32_t p[kGroupColumns / 16][4];
+  PackWeights<T>(p, x);
+  WaitForProducts();
+  Pin(y);
+  Pin(value_sum);
+  BeginProducts();
+  GroupWeighted<T, kValueDepth, kVisited>(value_sum, p, output_grad);
+  CommitProducts();
+#pragma unroll
+  for (int b = 0; b < kGroupColumns / 8; b++) {
+    const float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * b + 2 * (threadIdx.x % 4));
+#pragma unroll
+    for (int e = 0; e < 4; e++) y[b][e] = x[b][e] * (y[b][e] - (e % 2 ? deltas.y : deltas.x));
+  }
+  uint32_t q[kGroupColumns / 16][4];
+  PackWeights<T>(q, y);
+  Pin(key_sum);
+  BeginProducts();
+  GroupWeighted<T, kKeyDepth, kVisited>(key_sum, q, query);
+  CommitProducts();
+  WaitForProducts();
+  Pin(key_sum);
+  Pin(value_sum);
+}
+
+// delta[r] = sum over depth of output * output_grad, for a thread's two rows, at positions place(0) and place(1); zero where that is
+// negative. The row's quad of lanes finds the same.
+template <typename T, int kDepth, typename Place>
+__device__ inline void GroupSumProducts(float (&delta)[2], const T* output, int64_t output_stride, const T* grad, int64_t grad_stride,
+                                        int depth, Place place) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int position = place(r);
+    delta[r] = 0;
+#pragma unroll
+    for (int column = threadIdx.x % 4 * 8; column < kDepth; column += 32) {
+      if (position < 0 || column >= depth) continue;
+      const uint4 a = *reinterpret_cast<const uint4*>(output + position * output_stride + column);
+      const uint4 b = *reinterpret_cast<const uint4*>(grad + position * grad_stride + column);
+      const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float2 left = Unpack(x[i], T()), right = Unpack(y[i], T());
+        delta[r] = fmaf(left.x, right.x, fmaf(left.y, right.y, delta[r]));
+      }
+    }
+    delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
+    delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
+  }
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_TILE_CUH_
