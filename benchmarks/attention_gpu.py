@@ -189,8 +189,11 @@ def peers(pattern, arrays, chosen):
     if "sdpa" in chosen and isinstance(pattern, Strided):
         yield "sdpa transposed", autograd(transposed, arrays)
     if "sdpa" in chosen and n <= 65536:
-        yield "sdpa dense flash", autograd(dense(SDPBackend.FLASH_ATTENTION), arrays)
-        yield "sdpa dense cudnn", autograd(dense(SDPBackend.CUDNN_ATTENTION), arrays)
+        if query.dtype == torch.float32:
+            yield "sdpa dense", autograd(dense(SDPBackend.EFFICIENT_ATTENTION), arrays)
+        else:
+            yield "sdpa dense flash", autograd(dense(SDPBackend.FLASH_ATTENTION), arrays)
+            yield "sdpa dense cudnn", autograd(dense(SDPBackend.CUDNN_ATTENTION), arrays)
     if "flex" in chosen and n <= 12288:
         yield "flex attention", autograd(flex(pattern, n, heads), arrays)
 
@@ -274,6 +277,20 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
     return rows
 
 
+def write(path, matmul, copy, rows):
+    """The results so far as JSON."""
+    result = {
+        "machine": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "command": " ".join(["python benchmarks/attention_gpu.py", *sys.argv[1:]]),
+        "matmul_flops": matmul,
+        "copy_bytes_per_second": copy,
+        "rows": rows,
+    }
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="run only rows whose shape and pattern contain this")
@@ -297,18 +314,9 @@ def main():
             reached = [r["share"] for r in found if r["implementation"] == "stf"]
             short += [(shape, pattern, p, s, t) for p, s, t in zip(PASSES, reached, targets, strict=True) if s < t]
             torch.cuda.empty_cache()
+            write(options.output, matmul, copy, rows)  # after every row: nothing is lost
     for shape, pattern, which, share, target in short:
         print(f"short of its target: {shape} {pattern!r} {which}: {share:.3f} < {target}")
-    result = {
-        "machine": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "command": "python benchmarks/attention_gpu.py",
-        "matmul_flops": matmul,
-        "copy_bytes_per_second": copy,
-        "rows": rows,
-    }
-    pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {options.output}")
 
 

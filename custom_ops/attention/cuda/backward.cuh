@@ -145,10 +145,12 @@ __global__ __launch_bounds__(128,
   const float* log_sum_exp = args.log_sum_exp + StatisticsBase(args, work.batch, work.head);
   const float* delta = args.delta + StatisticsBase(args, work.batch, work.head);
   auto own = [&](int row) { return first + row < end ? KeyPosition(numbering, view, first + row) : -1; };
+  const int length = Length(args, work.batch);
+  auto in_use = [&](int row) { return own(row) < length ? own(row) : -1; };  // the others may hold anything
   LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
-                                                      args.key_depth, args.vector, own);
+                                                      args.key_depth, args.vector, in_use);
   LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
-                                                        args.value.position_stride, args.value_depth, args.vector, own);
+                                                        args.value.position_stride, args.value_depth, args.vector, in_use);
   auto load = [&](const Segment& segment, int stage) {
     auto place = [&](int row) { return row < segment.count ? view.Position(segment.begin + row) : -1; };
     T* const to = stages + stage * Tile::kStage;

@@ -31,34 +31,36 @@ __device__ inline int Variant(const Maps& maps, int sequence) { return sequence 
 template <typename Tile, int kKeyDepth, int kValueDepth, bool kGrads, bool kExtra>
 __device__ inline void FillByQuery(const Stream<Tile>& stream, const Arguments& args, const Launch& launch, const Maps& maps) {
   auto copy_own = [&](const Job& job, uint32_t tile, uint32_t full) {
-    const int sequence = job.work.sequence, variant = Variant(maps, sequence);
+    const int sequence = job.sequence, variant = Variant(maps, sequence);
     auto index = [&](int row) { return job.first + row; };
-    CopyRows<kKeyDepth, Tile::kRows>(tile, maps.own[0][variant], 64, full, job.work, sequence, index);
+    CopyRows<kKeyDepth, Tile::kRows>(tile, maps.own[0][variant], 64, full, job.batch, job.head, sequence, index);
     if constexpr (kGrads) {
-      CopyRows<kValueDepth, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], 64, full, job.work, sequence, index);
+      CopyRows<kValueDepth, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], 64, full, job.batch, job.head, sequence, index);
     }
   };
   auto copy = [&](const Job& job, const GroupSegment& segment, uint32_t tile, uint32_t full) {
     if (segment.component->kind == STF_SUMMARY) {
-      auto index = [&](int row) { return KeyPosition(*segment.component, job.view, segment.begin + row); };
-      CopyRows<kKeyDepth, kGroupColumns>(tile, maps.summary[0], maps.summary_rows, full, job.work, 0, index);
-      CopyRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, maps.summary[1], maps.summary_rows, full, job.work, 0, index);
+      auto index = [&](int row) { return KeyPosition(*segment.component, job.ViewOf(launch), segment.begin + row); };
+      CopyRows<kKeyDepth, kGroupColumns>(tile, maps.summary[0], maps.summary_rows, full, job.batch, job.head, 0, index);
+      CopyRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, maps.summary[1], maps.summary_rows, full, job.batch, job.head, 0,
+                                           index);
       return;
     }
-    const int sequence = job.work.sequence, variant = Variant(maps, sequence);
+    const int sequence = job.sequence, variant = Variant(maps, sequence);
     auto index = [&](int row) { return segment.begin + row; };
-    CopyRows<kKeyDepth, kGroupColumns>(tile, maps.streamed[0][variant], 64, full, job.work, sequence, index);
-    CopyRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, job.work, sequence, index);
+    CopyRows<kKeyDepth, kGroupColumns>(tile, maps.streamed[0][variant], 64, full, job.batch, job.head, sequence, index);
+    CopyRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, job.batch, job.head, sequence,
+                                         index);
   };
   Fill<Tile, false, kExtra>(stream, args, launch, copy_own, copy, [](const Job&, const GroupSegment&, uint32_t, uint32_t) {});
 }
 
 // Rows that are not in use may hold anything, even what times zero is not zero.
 template <typename Tile, int kKeyDepth, int kValueDepth>
-__device__ inline void ClearUnused(const Arguments& args, const GroupSegment& segment, uint32_t tile) {
-  if (!args.lengths || segment.count == kGroupColumns) return;
-  ClearRows<kKeyDepth, kGroupColumns>(tile, segment.count, kGroupColumns);
-  ClearRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, segment.count, kGroupColumns);
+__device__ inline void ClearUnused(const Note& note, uint32_t tile) {
+  if (!(note.flags & kClearUnused)) return;
+  ClearRows<kKeyDepth, kGroupColumns>(tile, note.count, kGroupColumns);
+  ClearRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, note.count, kGroupColumns);
   JoinGroup();
 }
 
@@ -93,22 +95,26 @@ __global__ __launch_bounds__(
   const int group_row = Uniform(threadIdx.x / 128 * 64), lane_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   Turn<Tile::kOwnStages> own;
   Turn<Tile::kStages> turn;
-  for (int unit = blockIdx.x; unit < launch.units; unit += gridDim.x) {
-    Job job;
-    if (!job.Find<false>(args, launch, unit, Tile::kRows)) continue;
-    const Work& work = job.work;
-    const Context context = {args, work.components, job.view};
+  while (true) {
+    WaitForPhase(stream.OwnFull(own.stage), own.phase);
+    const Job job = *stream.JobOf(own.stage);
+    if (job.batch < 0) return;
+    const View view = job.ViewOf(launch);
+    const Head head = job.HeadOf(launch);
+    const Context context = {args, head, view};
+    const int group_begin = job.first + group_row;
     T* outputs[2];
     float* sums[2];
     auto find_rows = [&]() {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int row = job.first + lane_row + 8 * r, position = job.view.Position(row);
-        outputs[r] = row < job.existing ? RowOf<T>(args.output, work.batch, work.head, position) : nullptr;
-        sums[r] = row < job.existing ? args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + position : nullptr;
+        const int row = job.first + lane_row + 8 * r, position = view.Position(row);
+        outputs[r] = row < job.existing ? RowOf<T>(args.output, job.batch, job.head, position) : nullptr;
+        sums[r] = row < job.existing ? args.log_sum_exp + StatisticsBase(args, job.batch, job.head) + position : nullptr;
       }
     };
     Softmax<T, kKeyDepth, kValueDepth> softmax;
+    bool settled = false;
     if (launch.first) {
       softmax.Start();
     } else {
@@ -116,16 +122,20 @@ __global__ __launch_bounds__(
       const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
       softmax.Continue(outputs, log_sum_exp, args.value_depth, true);
     }
-    WaitForPhase(stream.OwnFull(own.stage), own.phase);
     ClearOwn<Tile, kKeyDepth, 0>(args, job, stream.Own(own.stage), group_row);
     const uint32_t queries = Uniform(stream.Own(own.stage) + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes);
     GroupMask<false, kExtra> mask;
-    Drain(stream, job, &turn, [&](const GroupSegment& segment, uint32_t stage) {
-      if (segment.component != mask.component) mask.Find(segment.component, job.view, job.first + group_row, job.end);
+    int component = -1;
+    Drain(stream, &turn, [&](const Note& note, uint32_t stage) {
+      if (note.component != component) {
+        component = note.component;
+        mask.Find(head.components + component, view, group_begin, job.end);
+      }
+      const GroupSegment segment = {mask.component, note.begin, note.count};
       const uint32_t keys = Uniform(stream.Stage(stage));
-      ClearUnused<Tile, kKeyDepth, kValueDepth>(args, segment, keys);
+      ClearUnused<Tile, kKeyDepth, kValueDepth>(note, keys);
       if (!mask.Reaches(segment)) return;
-      GroupAttend<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(softmax, context, mask, segment, job.first + group_row, job.end,
+      GroupAttend<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(softmax, &settled, context, mask, segment, group_begin, job.end,
                                                                          queries, keys, keys + Tile::kStageKeyBytes);
     });
     if (threadIdx.x % 32 == 0) Arrive(stream.OwnEmpty(own.stage));
@@ -162,25 +172,28 @@ __global__ __launch_bounds__(
   const int group_row = Uniform(threadIdx.x / 128 * 64), lane_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   Turn<Tile::kOwnStages> own;
   Turn<Tile::kStages> turn;
-  for (int unit = blockIdx.x; unit < launch.units; unit += gridDim.x) {
-    Job job;
-    if (!job.Find<false>(args, launch, unit, Tile::kRows)) continue;
-    const Work& work = job.work;
-    const Context context = {args, work.components, job.view};
-    const int64_t statistics = StatisticsBase(args, work.batch, work.head);
+  while (true) {
+    WaitForPhase(stream.OwnFull(own.stage), own.phase);
+    const Job job = *stream.JobOf(own.stage);
+    if (job.batch < 0) return;
+    const View view = job.ViewOf(launch);
+    const Head head = job.HeadOf(launch);
+    const Context context = {args, head, view};
+    const int group_begin = job.first + group_row;
+    const int64_t statistics = StatisticsBase(args, job.batch, job.head);
     float log_sum_exp[2], delta[2];
     if (launch.first) {
-      const T* const output = Base<const T>(args.output, work.batch, work.head);
-      const T* const grad = Base<const T>(args.output_grad, work.batch, work.head);
+      const T* const output = Base<const T>(args.output, job.batch, job.head);
+      const T* const grad = Base<const T>(args.output_grad, job.batch, job.head);
       GroupSumProducts<T, kValueDepth>(delta, output, args.output.position_stride, grad, args.output_grad.position_stride, args.value_depth,
                                        [&](int r) {
                                          const int row = job.first + lane_row + 8 * r;
-                                         return row < job.end ? job.view.Position(row) : -1;
+                                         return row < job.end ? view.Position(row) : -1;
                                        });
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int row = job.first + lane_row + 8 * r, position = job.view.Position(row);
+      const int row = job.first + lane_row + 8 * r, position = view.Position(row);
       log_sum_exp[r] = row < job.end ? args.log_sum_exp[statistics + position] : 0;
       if (launch.first) {
         if (row < job.end && args.log_sum_exp_grad) delta[r] -= args.log_sum_exp_grad[statistics + position];
@@ -191,19 +204,22 @@ __global__ __launch_bounds__(
     }
     float sum[kKeyDepth / 8][4];
     Clear(sum);
-    WaitForPhase(stream.OwnFull(own.stage), own.phase);
     ClearOwn<Tile, kKeyDepth, kValueDepth>(args, job, stream.Own(own.stage), group_row);
     const uint32_t queries = Uniform(stream.Own(own.stage) + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes);
     const uint32_t grads = Uniform(stream.Own(own.stage) + Tile::kOwnKeyBytes + group_row * GroupTile<kValueDepth, Tile::kRows>::kRowBytes);
     GroupMask<false, kExtra> mask;
-    Drain(stream, job, &turn, [&](const GroupSegment& segment, uint32_t stage) {
-      if (segment.component != mask.component) mask.Find(segment.component, job.view, job.first + group_row, job.end);
+    int component = -1;
+    Drain(stream, &turn, [&](const Note& note, uint32_t stage) {
+      if (note.component != component) {
+        component = note.component;
+        mask.Find(head.components + component, view, group_begin, job.end);
+      }
+      const GroupSegment segment = {mask.component, note.begin, note.count};
       const uint32_t keys = Uniform(stream.Stage(stage));
-      ClearUnused<Tile, kKeyDepth, kValueDepth>(args, segment, keys);
+      ClearUnused<Tile, kKeyDepth, kValueDepth>(note, keys);
       if (!mask.Reaches(segment)) return;
-      GroupAddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(context, mask, segment, job.first + group_row, job.end,
-                                                                               queries, grads, keys, keys + Tile::kStageKeyBytes,
-                                                                               log_sum_exp, delta, sum);
+      GroupAddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(context, mask, segment, group_begin, job.end, queries, grads,
+                                                                               keys, keys + Tile::kStageKeyBytes, log_sum_exp, delta, sum);
     });
     if (threadIdx.x % 32 == 0) Arrive(stream.OwnEmpty(own.stage));
     own.Next();
@@ -211,9 +227,9 @@ __global__ __launch_bounds__(
     float* partial[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int row = job.first + lane_row + 8 * r, position = job.view.Position(row);
-      rows[r] = row < job.existing ? RowOf<T>(args.query_grad, work.batch, work.head, position) : nullptr;
-      partial[r] = row < job.existing ? RowOf<float>(args.query_partial, work.batch, work.head, position) : nullptr;
+      const int row = job.first + lane_row + 8 * r, position = view.Position(row);
+      rows[r] = row < job.existing ? RowOf<T>(args.query_grad, job.batch, job.head, position) : nullptr;
+      partial[r] = row < job.existing ? RowOf<float>(args.query_partial, job.batch, job.head, position) : nullptr;
     }
     Scale(sum, args.scale);
     Deliver<T, kKeyDepth>(sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
@@ -236,27 +252,29 @@ __global__ __launch_bounds__(
     GiveRegisters<Tile::kFillRegisters>();
     if (threadIdx.x >= Tile::kConsumers + 32) return;
     auto copy_own = [&](const Job& job, uint32_t tile, uint32_t full) {
-      const Component numbering = job.Numbering();
+      const Component numbering = job.Numbering(launch);
       const bool summary = numbering.kind == STF_SUMMARY;
-      const int sequence = summary ? 0 : job.work.sequence, variant = summary ? 0 : Variant(maps, sequence);
-      auto index = [&](int row) { return summary ? KeyPosition(numbering, job.view, job.first + row) : job.first + row; };
-      CopyRows<kKeyDepth, Tile::kRows>(tile, maps.own[0][variant], maps.own_rows, full, job.work, sequence, index);
-      CopyRows<kValueDepth, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], maps.own_rows, full, job.work, sequence, index);
+      const int sequence = summary ? 0 : job.sequence, variant = summary ? 0 : Variant(maps, sequence);
+      auto index = [&](int row) { return summary ? KeyPosition(numbering, job.ViewOf(launch), job.first + row) : job.first + row; };
+      CopyRows<kKeyDepth, Tile::kRows>(tile, maps.own[0][variant], maps.own_rows, full, job.batch, job.head, sequence, index);
+      CopyRows<kValueDepth, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], maps.own_rows, full, job.batch, job.head,
+                                         sequence, index);
     };
     auto copy = [&](const Job& job, const GroupSegment& segment, uint32_t tile, uint32_t full) {
-      const int sequence = job.work.sequence, variant = Variant(maps, sequence);
+      const int sequence = job.sequence, variant = Variant(maps, sequence);
       auto index = [&](int row) { return segment.begin + row; };
-      CopyRows<kKeyDepth, kGroupColumns>(tile, maps.streamed[0][variant], 64, full, job.work, sequence, index);
-      CopyRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, job.work, sequence, index);
+      CopyRows<kKeyDepth, kGroupColumns>(tile, maps.streamed[0][variant], 64, full, job.batch, job.head, sequence, index);
+      CopyRows<kValueDepth, kGroupColumns>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, job.batch, job.head, sequence,
+                                           index);
     };
     auto copy_statistics = [&](const Job& job, const GroupSegment& segment, uint32_t stage, uint32_t full) {
-      const int64_t base = StatisticsBase(args, job.work.batch, job.work.head);
+      const int64_t base = StatisticsBase(args, job.batch, job.head);
 #pragma unroll
       for (int i = threadIdx.x % 32; i < 2 * kGroupColumns; i += 32) {
         const int row = i % kGroupColumns;
         const float* const from = i < kGroupColumns ? args.log_sum_exp : args.delta;
-        CopyAsync<4>(stream.Statistics(stage) + i, from + base + (row < segment.count ? job.view.Position(segment.begin + row) : 0),
-                     row < segment.count);
+        CopyAsync<4>(stream.Statistics(stage) + i,
+                     from + base + (row < segment.count ? job.ViewOf(launch).Position(segment.begin + row) : 0), row < segment.count);
       }
       ArriveAfterCopies(full);
     };
@@ -267,41 +285,48 @@ __global__ __launch_bounds__(
   const int group_row = Uniform(threadIdx.x / 128 * 64), lane_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   Turn<Tile::kOwnStages> own;
   Turn<Tile::kStages> turn;
-  for (int unit = blockIdx.x; unit < launch.units; unit += gridDim.x) {
-    Job job;
-    if (!job.Find<true>(args, launch, unit, Tile::kRows)) continue;
-    const Work& work = job.work;
-    const Context context = {args, work.components, job.view};
+  while (true) {
+    WaitForPhase(stream.OwnFull(own.stage), own.phase);
+    const Job job = *stream.JobOf(own.stage);
+    if (job.batch < 0) return;
+    const View view = job.ViewOf(launch);
+    const Head head = job.HeadOf(launch);
+    const Context context = {args, head, view};
+    const int group_begin = job.first + group_row;
     float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
     Clear(key_sum);
     Clear(value_sum);
-    WaitForPhase(stream.OwnFull(own.stage), own.phase);
     ClearOwn<Tile, kKeyDepth, kValueDepth>(args, job, stream.Own(own.stage), group_row);
     const uint32_t keys = Uniform(stream.Own(own.stage) + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes);
     const uint32_t values =
         Uniform(stream.Own(own.stage) + Tile::kOwnKeyBytes + group_row * GroupTile<kValueDepth, Tile::kRows>::kRowBytes);
     GroupMask<true, kExtra> mask;
-    Drain(stream, job, &turn, [&](const GroupSegment& segment, uint32_t stage) {
-      if (segment.component != mask.component) mask.Find(segment.component, job.view, job.first + group_row, job.end);
+    int component = -1;
+    Drain(stream, &turn, [&](const Note& note, uint32_t stage) {
+      if (note.component != component) {
+        component = note.component;
+        mask.Find(head.components + component, view, group_begin, job.end);
+      }
+      const GroupSegment segment = {mask.component, note.begin, note.count};
       const uint32_t queries = Uniform(stream.Stage(stage));
-      ClearUnused<Tile, kKeyDepth, kValueDepth>(args, segment, queries);
+      ClearUnused<Tile, kKeyDepth, kValueDepth>(note, queries);
       if (!mask.Reaches(segment)) return;
       const float* const statistics = stream.Statistics(stage);
-      GroupAddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(context, mask, segment, job.first + group_row, job.end, keys,
-                                                                              values, queries, queries + Tile::kStageKeyBytes, statistics,
+      GroupAddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kRows, kGroupColumns>(context, mask, segment, group_begin, job.end, keys, values,
+                                                                              queries, queries + Tile::kStageKeyBytes, statistics,
                                                                               statistics + kGroupColumns, key_sum, value_sum);
     });
     if (threadIdx.x % 32 == 0) Arrive(stream.OwnEmpty(own.stage));
     own.Next();
-    const Component numbering = job.Numbering();
+    const Component numbering = job.Numbering(launch);
     T* rows[2];
     float* partial[2];
     auto find_rows = [&](const stf_tensor& grads, const stf_tensor& partials) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int row = job.first + lane_row + 8 * r, position = KeyPosition(numbering, job.view, row);
-        rows[r] = row < job.end ? RowOf<T>(grads, work.batch, work.head, position) : nullptr;
-        partial[r] = row < job.end ? RowOf<float>(partials, work.batch, work.head, position) : nullptr;
+        const int row = job.first + lane_row + 8 * r, position = KeyPosition(numbering, view, row);
+        rows[r] = row < job.end ? RowOf<T>(grads, job.batch, job.head, position) : nullptr;
+        partial[r] = row < job.end ? RowOf<float>(partials, job.batch, job.head, position) : nullptr;
       }
     };
     Scale(key_sum, args.scale);

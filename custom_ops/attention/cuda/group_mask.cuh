@@ -16,6 +16,8 @@ struct GroupSegment {
   int begin, count;
 };
 
+constexpr Interval kNothing = {INT32_MAX, 0};
+
 // What a thread's two rows, and its group's 64, need of one component: intervals of its numbering of columns. Found once for all segments
 // of the component.
 template <bool kByKey, bool kExtra>
@@ -26,49 +28,65 @@ struct GroupMask {
   // Rows group_begin ... group_begin + 63; those from row_end on are not in use.
   __device__ void Find(const Component* of, const View& view, int group_begin, int row_end) {
     component = of;
-    const Component& c = *of;
-    const int last = min(group_begin + 63, row_end - 1);
-    reach = common = {0, 0};
+    const int last = min(group_begin + 63, row_end - 1), row = group_begin + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    reach = {0, 0};
+    common = kNothing;
     rows[0] = rows[1] = {0, 0};
     if (last < group_begin) return;
-    const Interval top = Of(c, group_begin, view), bottom = Of(c, last, view);
-    reach = {top.low, bottom.high};
-    if (last == group_begin + 63) common = {bottom.low, top.high};
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = group_begin + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;
-      if (row <= last) rows[r] = Of(c, row, view);
+    const int of_rows[4] = {group_begin, last, row, row + 8};
+    Interval found[4];
+    if constexpr (kByKey) {
+      QueriesOf(*of, of_rows, view.count, found);
+    } else {
+      KeysOf(*of, of_rows, found);
     }
+    reach = {found[0].low, found[1].high};
+    if (last == group_begin + 63) common = {found[1].low, found[0].high};
+    if (row <= last) rows[0] = found[2];
+    if (row + 8 <= last) rows[1] = found[3];
   }
 
   __device__ bool Reaches(const GroupSegment& segment) const {
     return segment.begin < reach.high && segment.begin + segment.count > reach.low;
   }
 
-  // Calls leave_out(block, e) for each element of the thread's accumulators that may not stand.
+  // Calls leave_out(block, e) for each element of the thread's accumulators that may not stand. Returns whether there may be any, the same
+  // for the whole group.
   template <typename LeaveOutElement>
-  __device__ void Apply(const Context& context, const GroupSegment& segment, int group_begin, int row_end,
+  __device__ bool Apply(const Context& context, const GroupSegment& segment, int group_begin, int row_end,
                         LeaveOutElement leave_out) const {
     const Component& c = *component;
     const int end = segment.begin + segment.count, last = min(group_begin + 63, row_end - 1);
     const bool extra = kExtra && (c.exclude || c.kind == STF_BLOCKS) &&
                        (kByKey ? NeedsExtra(context.head, c, context.view, segment.begin, end - 1, group_begin, last)
                                : NeedsExtra(context.head, c, context.view, group_begin, last, segment.begin, end - 1));
-    if (!extra && segment.begin >= common.low && segment.begin + kGroupColumns <= common.high) return;
+    const bool low_cuts = segment.begin<common.low, high_cuts = segment.begin + kGroupColumns> common.high;
+    if (!extra && !low_cuts && !high_cuts) return false;
     const int lane_column = segment.begin + threadIdx.x % 4 * 2;
     if (!kExtra || !extra) {
+      int low[2], high[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int low = rows[r].low - lane_column, high = min(rows[r].high, end) - lane_column;
+        low[r] = rows[r].low - lane_column;
+        high[r] = min(rows[r].high, end) - lane_column;
+      }
+      const auto each = [&](auto cut) {
 #pragma unroll
         for (int b = 0; b < kGroupColumns / 8; b++) {
 #pragma unroll
-          for (int e = 0; e < 2; e++) {
-            if (8 * b + e < low || 8 * b + e >= high) leave_out(b, 2 * r + e);
+          for (int e = 0; e < 4; e++) {
+            if (cut(8 * b + e % 2, e / 2)) leave_out(b, e);
           }
         }
+      };
+      if (!low_cuts) {
+        each([&](int column, int r) { return column >= high[r]; });
+      } else if (!high_cuts) {
+        each([&](int column, int r) { return column < low[r]; });
+      } else {
+        each([&](int column, int r) { return column < low[r] || column >= high[r]; });
       }
-      return;
+      return true;
     }
 #pragma unroll
     for (int unit = 0; unit < kGroupColumns / kUnit; unit++) {
@@ -86,11 +104,7 @@ struct GroupMask {
         if (!(bits >> x & 1)) leave_out(unit * kUnit / 8 + x / 4, x % 4);
       }
     }
-  }
-
- private:
-  __device__ static Interval Of(const Component& c, int row, const View& view) {
-    return kByKey ? QueriesOf(c, row, view.count) : KeysOf(c, row);
+    return true;
   }
 };
 

@@ -47,7 +47,7 @@ template <bool kByKey>
 __device__ inline void FindPackedMask(GroupMask<kByKey, false>* mask, const Component* component, const Launch& launch, const Packs& packs,
                                       int group_begin, int end) {
   mask->component = component;
-  mask->common = {0, 0};
+  mask->common = kNothing;
   const int last = min(group_begin + 63, packs.rows - 1), distance = component->b;
   mask->reach = {0, 0};
   if (last >= group_begin) {
@@ -100,6 +100,7 @@ __global__ __launch_bounds__(kGroupThreads,
       sums[r] = position < 0 ? nullptr : args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + position;
     }
     Softmax<T, kKeyDepth, kValueDepth> softmax;
+    bool settled = false;
     if (launch.first) {
       softmax.Start();
     } else {
@@ -113,7 +114,7 @@ __global__ __launch_bounds__(kGroupThreads,
     for (int begin = 0; begin <= group_begin; begin += kGroupColumns) {
       const GroupSegment segment = {component, begin, kGroupColumns};
       if (!mask.Reaches(segment)) continue;
-      GroupAttend<T, kKeyDepth, kValueDepth, kRows, kRows>(softmax, context, mask, segment, group_begin, packs.rows,
+      GroupAttend<T, kKeyDepth, kValueDepth, kRows, kRows>(softmax, &settled, context, mask, segment, group_begin, packs.rows,
                                                            queries + group_begin * KeyTile::kRowBytes, keys + begin * KeyTile::kRowBytes,
                                                            values + begin * ValueTile::kRowBytes);
     }

@@ -50,7 +50,7 @@ struct Turn {
 // Copies rows of one head to a tile: kRows of them, `box` at a time (what the map was made for), each time from index(row) on, of the
 // numbering that the map has. For one thread.
 template <int kDepth, int kRows, typename Index>
-__device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, uint32_t barrier, const Work& work, int sequence,
+__device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, uint32_t barrier, int batch, int head, int sequence,
                                 Index index) {
   using Tile = GroupTile<kDepth, kRows>;
   constexpr int kPanels = Tile::kBytes / Tile::kPanel;
@@ -61,7 +61,7 @@ __device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, ui
       asm volatile(
           "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
               tile + panel * Tile::kPanel + row * Tile::kRowBytes),
-          "l"(&map), "r"(barrier), "r"(panel * Tile::kRowBytes / 2), "r"(sequence), "r"(at), "r"(work.head), "r"(work.batch)
+          "l"(&map), "r"(barrier), "r"(panel * Tile::kRowBytes / 2), "r"(sequence), "r"(at), "r"(head), "r"(batch)
           : "memory");
     }
   }
@@ -85,31 +85,49 @@ __device__ inline void JoinGroup() {
 
 // What the filling warp says of a stage.
 struct __align__(16) Note {
-  int component, begin, count, last;  // component: of the head's; count 0: nothing to do; last: of a tile's
+  int component, begin, count, flags;  // component: of the head's; count 0: nothing to do
 };
+enum NoteFlag { kLastNote = 1, kClearUnused = 2 };  // of a tile's notes; whether rows of the stage are to become zeros
 
-// A tile of rows: queries, or keys where kByKey.
-struct Job {
-  Work work;
-  View view;
-  int existing, used, first, end;  // rows of the sequence, and those in use; the tile's
+// A tile of rows: queries, or keys where kByKey. As the filling warp says it.
+struct __align__(16) Job {
+  int batch, head, program;   // batch -1: there are no more
+  int existing, used, first;  // rows of the sequence, and those in use; the tile's first
+  int start, count;           // of the view
+  int end;                    // of the tile's rows; by queries: of those in use
+  int sequence, padding[2];
 
   // False where there is nothing to do.
   template <bool kByKey>
   __device__ bool Find(const Arguments& args, const Launch& launch, int unit, int rows) {
+    Work work;
     if (!FindWork(args, launch, unit, launch.sequences, !kByKey, &work)) return false;
-    view = FindView(args, launch, work.sequence, work.batch);
-    existing = kByKey ? CountKeys(launch, Numbering(), work.sequence, args.positions) : CountBelow(launch, work.sequence, args.positions);
+    batch = work.batch;
+    head = work.head;
+    program = work.program;
+    sequence = work.sequence;
+    const View view = FindView(args, launch, sequence, batch);
+    start = view.start;
+    count = used = view.count;
     first = work.tile * rows;
-    used = kByKey ? CountKeys(launch, Numbering(), work.sequence, Length(args, work.batch)) : view.count;
+    if (kByKey) {
+      const Component numbering = Numbering(launch);
+      existing = CountKeys(launch, numbering, sequence, args.positions);
+      used = CountKeys(launch, numbering, sequence, Length(args, batch));
+    } else {
+      existing = CountBelow(launch, sequence, args.positions);
+    }
     end = min(first + rows, kByKey ? existing : used);
     return first < existing;
   }
 
+  __device__ View ViewOf(const Launch& launch) const { return {start, launch.step, count}; }
+  __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
+
   // The component whose numbering of keys a launch by keys has.
-  __device__ Component Numbering() const {
-    const uint64_t members = work.components.members;
-    return members ? work.components.components[__ffsll(members) - 1] : Component{STF_CAUSAL};
+  __device__ Component Numbering(const Launch& launch) const {
+    const Head of = HeadOf(launch);
+    return of.members ? of.components[__ffsll(of.members) - 1] : Component{STF_CAUSAL};
   }
 };
 
@@ -130,7 +148,8 @@ struct StreamTile {
   static constexpr int kFit = (kBudget - kOwnStages * kOwnBytes) / kMore, kStages = kFit < 4 ? kFit : 4;
   static_assert(kStages >= 2, "the next stage is filled while one is used");
   static constexpr int kRing = kOwnStages * kOwnBytes, kStatistics = kRing + kStages * kStageBytes;
-  static constexpr int kNotes = kStatistics + kStages * kStatisticsBytes, kBarriers = kNotes + kStages * sizeof(Note);
+  static constexpr int kNotes = kStatistics + kStages * kStatisticsBytes, kJobs = kNotes + kStages * sizeof(Note);
+  static constexpr int kBarriers = kJobs + kOwnStages * sizeof(Job);
   static constexpr int kBytes = kBarriers + 8 * (2 * kOwnStages + 2 * kStages);
 };
 
@@ -147,6 +166,7 @@ struct Stream {
     return reinterpret_cast<float*>(shared + Tile::kStatistics) + stage * 2 * kGroupColumns;
   }
   __device__ Note* NoteOf(uint32_t stage) const { return reinterpret_cast<Note*>(shared + Tile::kNotes) + stage; }
+  __device__ Job* JobOf(uint32_t own) const { return reinterpret_cast<Job*>(shared + Tile::kJobs) + own; }
   __device__ uint32_t Full(uint32_t stage) const { return base + Tile::kBarriers + 8 * stage; }
   __device__ uint32_t Empty(uint32_t stage) const { return Full(Tile::kStages + stage); }
   __device__ uint32_t OwnFull(uint32_t stage) const { return Full(2 * Tile::kStages + stage); }
@@ -188,16 +208,19 @@ __device__ inline void Fill(const Stream<Tile>& stream, const Arguments& args, c
   const bool first_lane = threadIdx.x % 32 == 0;
   Turn<Tile::kOwnStages> own;
   Turn<Tile::kStages> turn;
+  Job job;
   for (int unit = blockIdx.x; unit < launch.units; unit += gridDim.x) {
-    Job job;
     if (!job.Find<kByKey>(args, launch, unit, Tile::kRows)) continue;
     WaitForPhase(stream.OwnEmpty(own.stage), own.phase ^ 1);
     if (first_lane) {
+      *stream.JobOf(own.stage) = job;
       ArriveAndExpect(stream.OwnFull(own.stage), Tile::kOwnBytes);
       copy_own(job, stream.Own(own.stage), stream.OwnFull(own.stage));
     }
     own.Next();
-    const Context context = {args, job.work.components, job.view};
+    const View view = job.ViewOf(launch);
+    const Head head = job.HeadOf(launch);
+    const Context context = {args, head, view};
     GroupWalk<kByKey, kExtra> walk(context, job.first, job.end - 1);
     GroupSegment next = {};
     bool more = walk.Next(&next);
@@ -209,8 +232,9 @@ __device__ inline void Fill(const Stream<Tile>& stream, const Arguments& args, c
       const uint32_t full = stream.Full(turn.stage);
       copy_more(job, segment, turn.stage, full);
       if (first_lane) {
-        const int component = any ? static_cast<int>(segment.component - job.work.components.components) : 0;
-        *stream.NoteOf(turn.stage) = {component, segment.begin, segment.count, !more};
+        const int component = any ? static_cast<int>(segment.component - head.components) : 0;
+        const int flags = (more ? 0 : kLastNote) | (args.lengths && segment.count < kGroupColumns ? kClearUnused : 0);
+        *stream.NoteOf(turn.stage) = {component, segment.begin, segment.count, flags};
         if (any) {
           ArriveAndExpect(full, Tile::kStageBytes);
           copy(job, segment, stream.Stage(turn.stage), full);
@@ -221,19 +245,24 @@ __device__ inline void Fill(const Stream<Tile>& stream, const Arguments& args, c
       turn.Next();
     } while (more);
   }
+  WaitForPhase(stream.OwnEmpty(own.stage), own.phase ^ 1);
+  if (first_lane) {
+    stream.JobOf(own.stage)->batch = -1;
+    Arrive(stream.OwnFull(own.stage));
+  }
 }
 
-// A warpgroup's turns through the segments of one job: use(segment, last_stage).
+// A warpgroup's turns through the segments of one job: use(note, stage).
 template <typename Tile, typename Use>
-__device__ inline void Drain(const Stream<Tile>& stream, const Job& job, Turn<Tile::kStages>* turn, Use use) {
+__device__ inline void Drain(const Stream<Tile>& stream, Turn<Tile::kStages>* turn, Use use) {
   while (true) {
     WaitForPhase(stream.Full(turn->stage), turn->phase);
     const Note note = *stream.NoteOf(turn->stage);
-    if (note.count) use(GroupSegment{job.work.components.components + note.component, note.begin, note.count}, turn->stage);
+    if (note.count) use(note, turn->stage);
     __syncwarp();
     if (threadIdx.x % 32 == 0) Arrive(stream.Empty(turn->stage));
     turn->Next();
-    if (note.last) return;
+    if (note.flags & kLastNote) return;
   }
 }
 

@@ -8,31 +8,59 @@
 namespace stf {
 namespace cuda {
 
+// Whether a condition holds for any of the warpgroup's threads.
+__device__ inline bool AnyOfGroup(bool condition) {
+  int any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred q, %2, 128, p;\nselp.b32 %0, 1, 0, q;\n}\n"
+               : "=r"(any)
+               : "r"(static_cast<int>(condition)), "r"(1 + threadIdx.x / 128)
+               : "memory");
+  return any;
+}
+
+// Adds a segment's keys to 64 queries. *settled: whether all of the group's rows have a largest score. Then most segments change nothing
+// about those, and looking for larger ones takes as long as all else: weights are computed from the scores so far, and only where they turn
+// out too large it is done once more with care.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
-__device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, const Context& context, const Mask& mask,
+__device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, bool* settled, const Context& context, const Mask& mask,
                                    const GroupSegment& segment, int group_begin, int row_end, uint32_t query, uint32_t key,
                                    uint32_t value) {
+  constexpr float kMost = 1024;  // the sum of the weights that a thread has of a row
   float x[kGroupColumns / 8][4];
-  BeginProducts();
-  GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
-  CommitProducts();
-  const float scale = context.args.scale, factor = (scale == 0 ? 1 : fabsf(scale)) * kLog2e;
-  WaitForProducts();
-  Pin(x);
-  if (scale <= 0) {
-#pragma unroll
-    for (auto& block : x) {
-#pragma unroll
-      for (float& each : block) each = scale < 0 ? -each : 0;
-    }
-  }
-  mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = -INFINITY; });
-  float largest[2] = {-INFINITY, -INFINITY}, base[2];
-  softmax.Largest(largest, x);
-  softmax.Raise(largest, factor, base);
-  softmax.Exponentiate(x, factor, base);
   uint32_t p[kGroupColumns / 16][4];
-  PackWeights<T>(p, x);
+  const float scale = context.args.scale, factor = (scale == 0 ? 1 : fabsf(scale)) * kLog2e;
+  for (bool careful = !*settled;; careful = true) {
+    BeginProducts();
+    GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
+    CommitProducts();
+    WaitForProducts();
+    Pin(x);
+    if (scale <= 0) {
+#pragma unroll
+      for (auto& block : x) {
+#pragma unroll
+        for (float& each : block) each = scale < 0 ? -each : 0;
+      }
+    }
+    if (mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = -INFINITY; })) careful = true;
+    float base[2] = {softmax.most[0], softmax.most[1]};
+    if (careful) {
+      float largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+      softmax.Largest(largest, x);
+      softmax.Raise(largest, factor, base);
+    }
+    float sum[4] = {0, 0, 0, 0};
+    softmax.Exponentiate(x, factor, base, sum);
+    PackWeights<T>(p, x);
+    const bool doubt =
+        careful ? softmax.most[0] == -INFINITY || softmax.most[1] == -INFINITY : !(fmaxf(sum[0] + sum[1], sum[2] + sum[3]) <= kMost);
+    const bool any = AnyOfGroup(doubt);
+    if (careful) *settled = !any;
+    if (!careful && any) continue;
+#pragma unroll
+    for (int e = 0; e < 4; e++) softmax.total[e] += sum[e];
+    break;
+  }
   Pin(softmax.sum);
   BeginProducts();
   GroupWeighted<T, kValueDepth, kVisited>(softmax.sum, p, value);
@@ -84,6 +112,11 @@ __device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask
                                         uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad, const float* log_sum_exp,
                                         const float* delta, float (&key_sum)[kKeyDepth / 8][4], float (&value_sum)[kValueDepth / 8][4]) {
   float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
+  float2 sums[kGroupColumns / 8], deltas[kGroupColumns / 8];
+#pragma unroll
+  for (int b = 0; b < kGroupColumns / 8; b++) {
+    sums[b] = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
+  }
   BeginProducts();
   GroupScores<T, kKeyDepth, kRows, kVisited>(x, key, query);
   CommitProducts();
@@ -93,13 +126,16 @@ __device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask
   Pin(x);
 #pragma unroll
   for (int b = 0; b < kGroupColumns / 8; b++) {
-    const float2 sums = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
 #pragma unroll
-    for (int e = 0; e < 4; e++) x[b][e] = Weight<T>(x[b][e], context.args.scale, e % 2 ? sums.y : sums.x);
+    for (int e = 0; e < 4; e++) x[b][e] = Weight<T>(x[b][e], context.args.scale, e % 2 ? sums[b].y : sums[b].x);
   }
   mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
   uint32_t p[kGroupColumns / 16][4];
   PackWeights<T>(p, x);
+#pragma unroll
+  for (int b = 0; b < kGroupColumns / 8; b++) {
+    deltas[b] = *reinterpret_cast<const float2*>(delta + 8 * b + 2 * (threadIdx.x % 4));
+  }
   WaitForProducts();
   Pin(y);
   Pin(value_sum);
@@ -108,9 +144,8 @@ __device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask
   CommitProducts();
 #pragma unroll
   for (int b = 0; b < kGroupColumns / 8; b++) {
-    const float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * b + 2 * (threadIdx.x % 4));
 #pragma unroll
-    for (int e = 0; e < 4; e++) y[b][e] = x[b][e] * (y[b][e] - (e % 2 ? deltas.y : deltas.x));
+    for (int e = 0; e < 4; e++) y[b][e] = x[b][e] * (y[b][e] - (e % 2 ? deltas[b].y : deltas[b].x));
   }
   uint32_t q[kGroupColumns / 16][4];
   PackWeights<T>(q, y);

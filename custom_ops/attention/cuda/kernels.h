@@ -22,8 +22,8 @@ constexpr Depths kDepths[] = {{32, 32}, {64, 64}, {64, 128}, {128, 128}, {256, 2
 template <int kKeyDepth, int kValueDepth>
 struct GroupShape {
   static constexpr int kForwardGroups = kValueDepth <= 64 ? 2 : 3, kForwardBlocks = kValueDepth <= 64 ? 2 : 1;
-  static constexpr int kQueryGroups = 1, kQueryBlocks = kKeyDepth <= 64 ? 3 : 2;
-  static constexpr int kKeyGroups = kKeyDepth <= 32 ? 3 : kKeyDepth <= 64 ? 1 : 2, kKeyBlocks = kKeyDepth == 64 ? 2 : 1;
+  static constexpr int kQueryGroups = kKeyDepth <= 64 ? 3 : 2, kQueryBlocks = 1;
+  static constexpr int kKeyGroups = kKeyDepth <= 32 ? 3 : 2, kKeyBlocks = 1;
 };
 
 // Rows of a tile of queries, or of keys in the pass over keys. Packed tiles have as many rows as launch.packed_rows asks for.

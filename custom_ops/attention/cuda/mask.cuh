@@ -29,38 +29,66 @@ __device__ inline int KeyPosition(const Component& c, const View& view, int t) {
   return t + c.b + block * (c.a - (c.c - c.b));
 }
 
-__device__ inline Interval KeysOf(const Component& c, int m) {
+// Of several queries at once, which the component's kind is looked at once for.
+template <int kCount>
+__device__ inline void KeysOf(const Component& c, const int (&queries)[kCount], Interval (&keys)[kCount]) {
+  const auto each = [&](auto keys_of) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) keys[i] = keys_of(queries[i]);
+  };
   switch (c.kind) {
     case STF_LOCAL:
-      return {max(0, m - c.a), m + 1};
+      return each([&](int m) { return Interval{max(0, m - c.a), m + 1}; });
     case STF_STRIDED:
-      return {0, max(0, m + 1 - c.b)};
+      return each([&](int m) { return Interval{0, max(0, m + 1 - c.b)}; });
     case STF_OWN_BLOCK:
-      return {m / c.a * c.a, m + 1};
-    case STF_SUMMARY: {
-      const int width = c.c - c.b, block = m / c.a;
-      return {0, block * width + (c.d ? min(width, max(0, m - block * c.a + 1 - c.b)) : 0)};
-    }
+      return each([&](int m) { return Interval{m / c.a * c.a, m + 1}; });
+    case STF_SUMMARY:
+      return each([&](int m) {
+        const int width = c.c - c.b, block = m / c.a;
+        return Interval{0, block * width + (c.d ? min(width, max(0, m - block * c.a + 1 - c.b)) : 0)};
+      });
     default:
-      return {0, m + 1};
+      return each([&](int m) { return Interval{0, m + 1}; });
   }
 }
 
-__device__ inline Interval QueriesOf(const Component& c, int t, int count) {
+// Of several keys at once, as above; `count` queries are in use.
+template <int kCount>
+__device__ inline void QueriesOf(const Component& c, const int (&keys)[kCount], int count, Interval (&queries)[kCount]) {
+  const auto each = [&](auto queries_of) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) queries[i] = queries_of(keys[i]);
+  };
   switch (c.kind) {
     case STF_LOCAL:
-      return {t, min(count, t + c.a + 1)};
+      return each([&](int t) { return Interval{t, min(count, t + c.a + 1)}; });
     case STF_STRIDED:
-      return {t + c.b, count};
+      return each([&](int t) { return Interval{t + c.b, count}; });
     case STF_OWN_BLOCK:
-      return {t, min(count, (t / c.a + 1) * c.a)};
-    case STF_SUMMARY: {
-      const int width = c.c - c.b, block = t / width;
-      return {c.d ? block * c.a + c.b + t - block * width : (block + 1) * c.a, count};
-    }
+      return each([&](int t) { return Interval{t, min(count, (t / c.a + 1) * c.a)}; });
+    case STF_SUMMARY:
+      return each([&](int t) {
+        const int width = c.c - c.b, block = t / width;
+        return Interval{c.d ? block * c.a + c.b + t - block * width : (block + 1) * c.a, count};
+      });
     default:
-      return {t, count};
+      return each([&](int t) { return Interval{t, count}; });
   }
+}
+
+__device__ inline Interval KeysOf(const Component& c, int query) {
+  const int queries[1] = {query};
+  Interval keys[1];
+  KeysOf(c, queries, keys);
+  return keys[0];
+}
+
+__device__ inline Interval QueriesOf(const Component& c, int key, int count) {
+  const int keys[1] = {key};
+  Interval queries[1];
+  QueriesOf(c, keys, count, queries);
+  return queries[0];
 }
 
 __device__ inline bool LayoutBit(const uint8_t* layouts, const Component& c, int row, int column) {

@@ -51,15 +51,17 @@ __device__ inline void Clear(float (&sum)[kBlocks][4]) {
 template <typename T, int kKeyDepth, int kValueDepth>
 struct Softmax {
   static constexpr bool kNatural = sizeof(T) == 4;
+  // Lets a row's largest score outgrow `most` by so much before the sums are shrunk: weights stay far below what a half can hold.
+  static constexpr float kSlack = kNatural ? 5 : 8;
   float sum[kValueDepth / 8][4];
-  float most[2], total[2];
+  float most[2], total[4];  // total: two parts for each row
 
   __device__ void Start() {
     Clear(sum);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       most[r] = -INFINITY;
-      total[r] = 0;
+      total[2 * r] = total[2 * r + 1] = 0;
     }
   }
 
@@ -70,48 +72,64 @@ struct Softmax {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       most[r] = log_sum_exp[r] * (kNatural ? 1 : kLog2e);
-      total[r] = most[r] == -INFINITY ? 0 : 1.0f / 4;  // a quad's lanes each hold a part of the total
+      total[2 * r] = most[r] == -INFINITY ? 0 : 1.0f / 4;  // a quad's lanes each hold a part of the total
+      total[2 * r + 1] = 0;
     }
   }
 
   template <int kBlocks>
-  __device__ static void Largest(float (&largest)[2], const float (&x)[kBlocks][4]) {
+  __device__ static void Largest(float (&largest)[4], const float (&x)[kBlocks][4]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) largest[e / 2] = fmaxf(largest[e / 2], x[b][e]);
+      for (int e = 0; e < 4; e++) largest[e] = fmaxf(largest[e], x[b][e]);
     }
   }
 
-  // Raises `most` to the largest score and shrinks the sums; exponents are taken from `base`.
-  __device__ void Raise(const float (&largest)[2], float factor, float (&base)[2]) {
+  // Raises `most` to the largest scores, where they have outgrown it, and shrinks the sums; exponents are taken from `base`.
+  __device__ void Raise(const float (&largest)[4], float factor, float (&base)[2]) {
+    float next[2];
+    bool raise = false;
+#pragma unroll
+    for (int r = 0; r < 2; r++) next[r] = fmaxf(largest[2 * r], largest[2 * r + 1]);
+#pragma unroll
+    for (int other = 1; other < 4; other *= 2) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) next[r] = fmaxf(next[r], __shfl_xor_sync(~0u, next[r], other));
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float next = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
-      next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
-      next = fmaxf(most[r], next * factor);
-      base[r] = next == -INFINITY ? 0 : next;
-      if (!__any_sync(~0u, next > most[r])) continue;
-      const float shrink = Exp2((most[r] - base[r]) * (kNatural ? kLog2e : 1));
-      most[r] = next;
-      total[r] *= shrink;
+      next[r] *= factor;
+      raise = raise || next[r] > most[r] + kSlack;
+    }
+    if (__any_sync(~0u, raise)) {
 #pragma unroll
-      for (int b = 0; b < kValueDepth / 8; b++) {
-        sum[b][2 * r] *= shrink;
-        sum[b][2 * r + 1] *= shrink;
+      for (int r = 0; r < 2; r++) {
+        next[r] = fmaxf(most[r], next[r]);
+        const float shrink = Exp2((most[r] - (next[r] == -INFINITY ? 0 : next[r])) * (kNatural ? kLog2e : 1));
+        most[r] = next[r];
+        total[2 * r] *= shrink;
+        total[2 * r + 1] *= shrink;
+#pragma unroll
+        for (int b = 0; b < kValueDepth / 8; b++) {
+          sum[b][2 * r] *= shrink;
+          sum[b][2 * r + 1] *= shrink;
+        }
       }
     }
+#pragma unroll
+    for (int r = 0; r < 2; r++) base[r] = most[r] == -INFINITY ? 0 : most[r];
   }
 
-  // Scores become weights.
+  // Scores become weights; adds them to `sum`.
   template <int kBlocks>
-  __device__ void Exponentiate(float (&x)[kBlocks][4], float factor, const float (&base)[2]) {
+  __device__ static void Exponentiate(float (&x)[kBlocks][4], float factor, const float (&base)[2], float (&sum)[4]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         x[b][e] = Exp2(fmaf(x[b][e], factor, -base[e / 2]) * (kNatural ? kLog2e : 1));
-        total[e / 2] += x[b][e];
+        sum[e] += x[b][e];
       }
     }
   }
@@ -123,7 +141,7 @@ struct Softmax {
     if (mask.reach_low >= mask.reach_high) return;
     const float scale = context.args.scale, factor = (scale == 0 ? 1 : fabsf(scale)) * (kNatural ? 1 : kLog2e);
     float score[kKeys / kUnit][kUnit / 8][4];
-    float next[2] = {-INFINITY, -INFINITY};
+    float next[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll
     for (int u = 0; u < kKeys / kUnit; u++) {
       if (!mask.Reaches(u * kUnit, (u + 1) * kUnit)) continue;
@@ -153,7 +171,7 @@ struct Softmax {
     for (int u = 0; u < kKeys / kUnit; u++) {
       if (!mask.Reaches(u * kUnit, (u + 1) * kUnit)) continue;
       auto& x = score[u];
-      Exponentiate(x, factor, base);
+      Exponentiate(x, factor, base, total);
       Matrix<T>::template MultiplyWeights<kValueDepth>(sum, x, value + u * kUnit * kPitch<T, kValueDepth>);
     }
   }
@@ -162,10 +180,11 @@ struct Softmax {
   __device__ void Finish() {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      total[r] += __shfl_xor_sync(~0u, total[r], 1);
-      total[r] += __shfl_xor_sync(~0u, total[r], 2);
-      const float inverse = total[r] > 0 ? 1 / total[r] : 0;
-      most[r] = total[r] > 0 ? most[r] * (kNatural ? 1 : kLn2) + logf(total[r]) : -INFINITY;
+      float all = total[2 * r] + total[2 * r + 1];
+      all += __shfl_xor_sync(~0u, all, 1);
+      all += __shfl_xor_sync(~0u, all, 2);
+      const float inverse = all > 0 ? 1 / all : 0;
+      most[r] = all > 0 ? most[r] * (kNatural ? 1 : kLn2) + logf(all) : -INFINITY;
 #pragma unroll
       for (int b = 0; b < kValueDepth / 8; b++) {
         sum[b][2 * r] *= inverse;

@@ -8,7 +8,7 @@ namespace stf {
 namespace cuda {
 
 struct Work {
-  int batch, head, sequence, tile;
+  int batch, head, program, sequence, tile;
   Head components;
 };
 
@@ -22,6 +22,7 @@ __device__ inline bool FindWork(const Arguments& args, const Launch& launch, int
   work->batch = index % args.batch;
   work->tile = index / args.batch;
   if (last_first) work->tile = launch.tiles - 1 - work->tile;
+  work->program = program;
   work->head = launch.number[program] + slot / launch.programs * launch.period;
   work->components = {launch.components + launch.begin[program], launch.members[program]};
   return work->head < args.heads;
