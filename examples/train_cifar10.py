@@ -30,6 +30,7 @@ flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation a
 flags.DEFINE_float("learning_rate", 6e-3, "Peak of the learning rate.")
 flags.DEFINE_integer("warmup_steps", 50, "Steps until the peak.")
 flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfloat16 or mixed_float16.")
+flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA: takes minutes for a deep model.")
 flags.DEFINE_integer("validation_images", 64, "Images of each validation; 0 takes all.")
 flags.DEFINE_integer("test_images", 256, "Images of the final test; 0 takes all.")
 flags.DEFINE_integer("samples", 8, "Samples, and completions, drawn at the end.")
@@ -62,6 +63,7 @@ def make_model(checkpoint):
         optimizer=stf.training.optimizer(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[stf.training.BitsPerDim()],
+        jit_compile=FLAGS.jit_compile,
     )
     return model
 

@@ -3,6 +3,9 @@
 #ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALL_H_
 #define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALL_H_
 
+#include <utility>
+#include <vector>
+
 #include "custom_ops/attention/problem.h"
 #include "custom_ops/tensorflow/attention_program.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -17,10 +20,70 @@ inline constexpr int32_t kDtype<tensorflow::bfloat16> = STF_BFLOAT16;
 template <>
 inline constexpr int32_t kDtype<Eigen::half> = STF_FLOAT16;
 
-inline absl::Status CheckShape(const char* name, const tensorflow::Tensor& tensor, const tensorflow::TensorShape& wanted) {
-  if (tensor.shape() == wanted) return absl::OkStatus();
+inline absl::Status CheckShape(const char* name, const tensorflow::TensorShape& shape, const tensorflow::TensorShape& wanted) {
+  if (shape == wanted) return absl::OkStatus();
   return tensorflow::errors::InvalidArgument(name, " must have shape ", wanted.DebugString(), ". Received: ", name, "=",
-                                             tensor.shape().DebugString());
+                                             shape.DebugString());
+}
+
+// The problem that the shapes of query, key, value and lengths describe. It points into the program; its lengths are left null.
+inline absl::Status Describe(const Program& program, int32_t dtype, const std::vector<tensorflow::TensorShape>& shapes,
+                             stf_problem* problem) {
+  using tensorflow::errors::InvalidArgument;
+  const tensorflow::TensorShape &query = shapes[0], &value = shapes[2], &lengths = shapes[3];
+  const char* names[] = {"query", "key", "value"};
+  for (int i = 0; i < 3; i++) {
+    if (shapes[i].dims() != 4)
+      return InvalidArgument(names[i], " must be [batch, position, head, depth]. Received: ", names[i], "=", shapes[i].DebugString());
+  }
+  TF_RETURN_IF_ERROR(CheckShape("key", shapes[1], query));
+  tensorflow::TensorShape value_shape = query;
+  value_shape.set_dim(3, value.dim_size(3));
+  TF_RETURN_IF_ERROR(CheckShape("value", value, value_shape));
+  const int64_t batch = query.dim_size(0), positions = query.dim_size(1), heads = query.dim_size(2);
+  if (lengths.dims() != 1 || (lengths.dim_size(0) != 0 && lengths.dim_size(0) != batch))
+    return InvalidArgument("lengths must be [batch] = [", batch, "] or empty. Received: lengths=", lengths.DebugString());
+  TF_RETURN_IF_ERROR(program.CheckPositions(positions));
+  if (heads > 0 && program.begin.size() < 2)
+    return InvalidArgument("program_begin must describe a head's components. Received: none for ", heads, " heads");
+  *problem = {batch,
+              positions,
+              heads,
+              query.dim_size(3),
+              value.dim_size(3),
+              dtype,
+              program.scale,
+              static_cast<int32_t>(program.begin.size()) - 1,
+              program.begin.data(),
+              program.components.data(),
+              reinterpret_cast<const uint8_t*>(program.layouts.data()),
+              nullptr};
+  return absl::OkStatus();
+}
+
+// The gradient op's further inputs, behind those four.
+inline absl::Status CheckGradient(const std::vector<tensorflow::TensorShape>& shapes, const stf_problem& problem) {
+  const tensorflow::TensorShape statistic({problem.batch, problem.heads, problem.positions});
+  const char* names[] = {"output", "log_sum_exp", "output_grad", "log_sum_exp_grad"};
+  for (int i = 0; i < 4; i++) TF_RETURN_IF_ERROR(CheckShape(names[i], shapes[4 + i], i % 2 ? statistic : shapes[2]));
+  return absl::OkStatus();
+}
+
+// What the CUDA kernels take.
+inline absl::Status CheckForGpu(const stf_problem& problem) {
+  using tensorflow::errors::InvalidArgument;
+  constexpr int64_t kMostDepth = 256, kMostPositions = int64_t{1} << 30;
+  const std::pair<const char*, int64_t> depths[] = {{"query", problem.key_depth}, {"value", problem.value_depth}};
+  for (const auto& [name, depth] : depths) {
+    if (depth < 1 || depth > kMostDepth)
+      return InvalidArgument(name, " must have a depth from 1 to ", kMostDepth, " on the GPU. Received: ", name, " of depth ", depth);
+  }
+  const std::pair<const char*, int64_t> sizes[] = {{"batch", problem.batch}, {"positions", problem.positions}, {"heads", problem.heads}};
+  for (const auto& [name, size] : sizes) {
+    if (size >= kMostPositions)
+      return InvalidArgument("query must have fewer than ", kMostPositions, " ", name, " on the GPU. Received: ", size);
+  }
+  return absl::OkStatus();
 }
 
 inline stf_tensor Strided(const tensorflow::Tensor& tensor) {
@@ -34,50 +97,14 @@ class AttentionBase : public tensorflow::OpKernel {
   explicit AttentionBase(tensorflow::OpKernelConstruction* context) : OpKernel(context) { OP_REQUIRES_OK(context, program_.Init(context)); }
 
  protected:
-  // The problem that the first four inputs describe. It points into them (`lengths` is not looked at) and into this kernel.
+  // The problem that the inputs describe, all of them checked. It points into them (`lengths` is not looked at) and into this kernel.
   absl::Status Read(tensorflow::OpKernelContext* context, stf_problem* problem) const {
-    using tensorflow::errors::InvalidArgument;
-    const tensorflow::Tensor &query = context->input(0), &key = context->input(1), &value = context->input(2), &lengths = context->input(3);
-    const char* names[] = {"query", "key", "value"};
-    for (int i = 0; i < 3; i++) {
-      if (context->input(i).dims() != 4)
-        return InvalidArgument(names[i], " must be [batch, position, head, depth]. Received: ", names[i], "=",
-                               context->input(i).shape().DebugString());
-    }
-    TF_RETURN_IF_ERROR(CheckShape("key", key, query.shape()));
-    tensorflow::TensorShape value_shape = query.shape();
-    value_shape.set_dim(3, value.dim_size(3));
-    TF_RETURN_IF_ERROR(CheckShape("value", value, value_shape));
-    const int64_t batch = query.dim_size(0), positions = query.dim_size(1), heads = query.dim_size(2);
-    if (lengths.dims() != 1 || (lengths.dim_size(0) != 0 && lengths.dim_size(0) != batch))
-      return InvalidArgument("lengths must be [batch] = [", batch, "] or empty. Received: lengths=", lengths.shape().DebugString());
-    const bool ragged = lengths.dim_size(0) != 0;
-    TF_RETURN_IF_ERROR(program_.CheckPositions(positions));
-    if (heads > 0 && program_.begin.size() < 2)
-      return InvalidArgument("program_begin must describe a head's components. Received: none for ", heads, " heads");
-    *problem = {batch,
-                positions,
-                heads,
-                query.dim_size(3),
-                value.dim_size(3),
-                kDtype<T>,
-                program_.scale,
-                static_cast<int32_t>(program_.begin.size()) - 1,
-                program_.begin.data(),
-                program_.components.data(),
-                reinterpret_cast<const uint8_t*>(program_.layouts.data()),
-                ragged ? lengths.template vec<int32_t>().data() : nullptr};
-    return absl::OkStatus();
-  }
-
-  // The gradient op's further inputs.
-  absl::Status CheckGradient(tensorflow::OpKernelContext* context, const stf_problem& problem) const {
-    const tensorflow::TensorShape statistic({problem.batch, problem.heads, problem.positions});
-    const char* names[] = {"output", "log_sum_exp", "output_grad", "log_sum_exp_grad"};
-    for (int i = 0; i < 4; i++) {
-      TF_RETURN_IF_ERROR(CheckShape(names[i], context->input(4 + i), i % 2 ? statistic : context->input(2).shape()));
-    }
-    return absl::OkStatus();
+    std::vector<tensorflow::TensorShape> shapes;
+    for (int i = 0; i < context->num_inputs(); i++) shapes.push_back(context->input(i).shape());
+    TF_RETURN_IF_ERROR(Describe(program_, kDtype<T>, shapes, problem));
+    const tensorflow::Tensor& lengths = context->input(3);
+    if (lengths.dim_size(0) != 0) problem->lengths = lengths.template vec<int32_t>().data();
+    return shapes.size() > 4 ? CheckGradient(shapes, *problem) : absl::OkStatus();
   }
 
   const std::string& layouts() const { return program_.layouts; }

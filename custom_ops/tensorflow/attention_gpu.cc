@@ -28,19 +28,8 @@ class AttentionGpuBase : public AttentionBase<T> {
 
  protected:
   absl::Status Prepare(OpKernelContext* context, stf_problem* problem) {
-    using tensorflow::errors::InvalidArgument;
     TF_RETURN_IF_ERROR(this->Read(context, problem));
-    const std::pair<const char*, int64_t> depths[] = {{"query", problem->key_depth}, {"value", problem->value_depth}};
-    for (const auto& [name, depth] : depths) {
-      if (depth < 1 || depth > kMostDepth)
-        return InvalidArgument(name, " must have a depth from 1 to ", kMostDepth, " on the GPU. Received: ", name, " of depth ", depth);
-    }
-    const std::pair<const char*, int64_t> sizes[] = {
-        {"batch", problem->batch}, {"positions", problem->positions}, {"heads", problem->heads}};
-    for (const auto& [name, size] : sizes) {
-      if (size >= kMostPositions)
-        return InvalidArgument("query must have fewer than ", kMostPositions, " ", name, " on the GPU. Received: ", size);
-    }
+    TF_RETURN_IF_ERROR(CheckForGpu(*problem));
     return CopyLayouts(context, problem);
   }
 
@@ -51,8 +40,6 @@ class AttentionGpuBase : public AttentionBase<T> {
   }
 
  private:
-  static constexpr int64_t kMostDepth = 256, kMostPositions = int64_t{1} << 30;
-
   // Block layouts go to the device once for each kernel.
   absl::Status CopyLayouts(OpKernelContext* context, stf_problem* problem) {
     problem->layouts = nullptr;
@@ -101,7 +88,6 @@ class AttentionGradGpu : public AttentionGpuBase<T> {
   void Compute(OpKernelContext* context) override {
     stf_problem problem;
     OP_REQUIRES_OK(context, this->Prepare(context, &problem));
-    OP_REQUIRES_OK(context, this->CheckGradient(context, problem));
     Tensor *grads[3], workspace;
     stf_tensor inputs[3], outputs[3];
     for (int i = 0; i < 3; i++) {

@@ -86,7 +86,6 @@ class SparseAttention(keras.layers.Layer):
     ):
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         self.supports_masking = True
-        self.supports_jit = False
         self.num_heads = _positive("num_heads", num_heads)
         self.key_dim = _positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else _positive("value_dim", value_dim)

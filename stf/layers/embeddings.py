@@ -45,7 +45,6 @@ class SequenceEmbedding(keras.layers.Layer):
 
     def __init__(self, vocabulary_size, width, axes, reading="released", seed=None, **kwargs):
         super().__init__(**kwargs)
-        self.supports_jit = False
         self.vocabulary_size = vocabulary_size
         self.width = width
         self.axes = tuple(axes)

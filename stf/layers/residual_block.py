@@ -14,8 +14,12 @@ def sigmoid_gelu(x):
 
 
 def stateless_dropout(x, rate, seed):
-    """Dropout whose mask depends on `seed` alone (int `[2]`), so that a recompute draws it again."""
-    keep = tf.random.stateless_uniform(tf.shape(x), seed) >= rate
+    """Dropout whose mask depends on `seed` alone (int `[2]`), so that a recompute draws it again.
+
+    The mask comes from whole random words, which are the same with and without XLA (its floats are not).
+    """
+    words = tf.random.stateless_uniform(tf.shape(x), seed, None, None, tf.uint32, alg="philox")
+    keep = words >= tf.constant(round(rate * 2**32), tf.uint32)
     return tf.where(keep, x * tf.cast(1.0 / (1.0 - rate), x.dtype), tf.zeros([], x.dtype))
 
 
@@ -79,7 +83,6 @@ class SparseResidualBlock(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.supports_jit = False
         if not isinstance(attention, keras.layers.Layer):
             raise ValueError(f"`attention` must be a Keras layer. Received: attention={attention}")
         if ff_dim is not None and (not isinstance(ff_dim, int) or ff_dim < 1):

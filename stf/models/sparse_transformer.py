@@ -68,7 +68,6 @@ class SparseTransformer(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.supports_jit = False
         for name, number in (("length", length), ("num_blocks", num_blocks), ("model_dim", model_dim)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1. Received: {name}={number!r}")

@@ -179,12 +179,32 @@ def test_fit_in_a_users_model(make, kind):
             # W_out starts at 0: at that point nothing below it has a gradient.
             layer.logits.kernel.assign(0.1 * np.ones(layer.logits.kernel.shape))
         before = layer.get_weights()
-        users.compile(keras.optimizers.SGD(10.0), "mse")  # jit_compile="auto" must choose no XLA
+        users.compile(keras.optimizers.SGD(10.0), "mse")
         history = users.fit(x, np.ones([4, 1]), batch_size=2, epochs=1, verbose=0)
-        assert not users.jit_compile
         assert np.isfinite(history.history["loss"]).all()
         moved = [not np.array_equal(a, b) for a, b in zip(before, layer.get_weights(), strict=True)]
         assert sum(moved) >= len(moved) - sum("key" in w.path for w in layer.weights)
+
+
+@subjects
+def test_fit_compiled_by_xla(make):
+    """The same losses, and weights afterwards, as without."""
+    losses, weights, start = [], [], None
+    for jit in (False, True):
+        keras.utils.set_random_seed(0)  # for dropout
+        layer = make()
+        x = inputs_of(layer, batch=4)
+        users = users_model(layer, "functional")
+        users(x)
+        start = start or users.get_weights()
+        users.set_weights(start)
+        users.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit)
+        losses.append(users.fit(x, np.ones([4, 1]), batch_size=2, epochs=2, shuffle=False, verbose=0).history["loss"])
+        weights.append(users.get_weights())
+        assert users.jit_compile == jit
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 @subjects

@@ -125,6 +125,19 @@ def test_fit_learns_a_repeated_sequence(policy, recompute):
     np.testing.assert_allclose(history["bits_per_dim"], np.array(history["loss"]) / np.log(2), rtol=1e-3)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fit_compiled_by_xla_gives_the_same_losses(recompute):
+    """Dropout's masks are the same too."""
+    x = np.tile(tokens(batch=1), (4, 1))
+    losses = []
+    for jit in (False, True):
+        keras.utils.set_random_seed(1)
+        model = make(recompute=recompute, dropout=0.1)
+        model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy(), jit_compile=jit)
+        losses.append(model.fit(x, x, epochs=8, batch_size=4, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
 def test_trained_model_is_saved_with_its_optimizer(tmp_path):
     model, x = make(), tokens(batch=4)
     model.compile(stf.training.optimizer(1e-3), stf.training.cross_entropy())

@@ -1,14 +1,21 @@
-"""TensorFlow's headers and framework library, from an installed wheel, as the repository @tensorflow."""
+"""TensorFlow's headers and libraries, from an installed wheel, as the repository @tensorflow."""
 
 _BUILD = """
 package(default_visibility = ["//visibility:public"])
 
 cc_library(
     name = "tensorflow",
-    srcs = ["lib/libtensorflow_framework.so.2"],
+    srcs = [
+        "lib/libtensorflow_framework.so.2",
+        "lib/libtensorflow_cc.so.2",
+    ],
     hdrs = glob(["include/**"]),
     defines = [{defines}],
-    includes = ["include"],
+    includes = [
+        "include",
+        "include/external/farmhash_archive/src",
+        "include/external/highwayhash",
+    ],
 )
 """
 

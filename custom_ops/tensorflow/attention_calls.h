@@ -1,0 +1,11 @@
+// The names of the op's custom calls under XLA.
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALLS_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALLS_H_
+
+namespace stf {
+
+constexpr char kForwardCall[] = "stf_attention", kGradientCall[] = "stf_attention_gradient";
+
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALLS_H_

@@ -1,0 +1,42 @@
+// Handlers of the op's custom calls on the GPU. Compiled where the CUDA kernels are.
+#include <cuda_runtime_api.h>
+
+#include "custom_ops/attention/cuda/attention.h"
+#include "custom_ops/tensorflow/attention_ffi.h"
+
+namespace stf {
+namespace {
+
+using Stream = ffi::PlatformStream<cudaStream_t>;
+
+ffi::Error Launched(int error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("StfAttention: CUDA refused a launch: ") + stf_attention_cuda_error(error));
+}
+
+ffi::Error Forward(cudaStream_t stream, AnyBuffer query, AnyBuffer key, AnyBuffer value, AnyBuffer lengths, AnyBuffer layouts,
+                   Result output, Result log_sum_exp, Result workspace, Components components, ProgramBegin begin, float scale) {
+  const stf_problem problem = Describe(query, value, lengths, layouts, components, begin, scale);
+  const stf_tensor q = Strided(query), k = Strided(key), v = Strided(value), out = Strided(*output);
+  return Launched(
+      stf_attention_cuda_forward(&problem, &q, &k, &v, &out, log_sum_exp->typed_data<float>(), workspace->untyped_data(), stream));
+}
+
+ffi::Error Gradient(cudaStream_t stream, AnyBuffer query, AnyBuffer key, AnyBuffer value, AnyBuffer lengths, AnyBuffer layouts,
+                    AnyBuffer output, AnyBuffer log_sum_exp, AnyBuffer output_grad, AnyBuffer log_sum_exp_grad, Result query_grad,
+                    Result key_grad, Result value_grad, Result workspace, Components components, ProgramBegin begin, float scale) {
+  const stf_problem problem = Describe(query, value, lengths, layouts, components, begin, scale);
+  const stf_tensor q = Strided(query), k = Strided(key), v = Strided(value), out = Strided(output), grad = Strided(output_grad);
+  const stf_tensor grads[] = {Strided(*query_grad), Strided(*key_grad), Strided(*value_grad)};
+  return Launched(stf_attention_cuda_backward(&problem, &q, &k, &v, &out, log_sum_exp.typed_data<float>(), &grad,
+                                              log_sum_exp_grad.typed_data<float>(), &grads[0], &grads[1], &grads[2],
+                                              workspace->untyped_data(), stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, Forward, BindForward<Stream>());
+XLA_FFI_DEFINE_HANDLER(kGradient, Gradient, BindGradient<Stream>());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kForwardCall, "CUDA", kForward);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGradientCall, "CUDA", kGradient);
+
+}  // namespace
+}  // namespace stf

@@ -1,0 +1,111 @@
+// The op and its gradient under XLA (jit_compile=True): lowered to typed custom calls, whose handlers are in attention_ffi_*.cc.
+//
+// REGISTER_XLA_OP is read once, at the first use of XLA, so that a library loaded later is not seen; kernels registered for XLA's own
+// devices are seen whenever they come.
+#include <cstdio>
+
+#include "custom_ops/tensorflow/attention_call.h"
+#include "custom_ops/tensorflow/attention_calls.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/layout_util.h"
+#include "xla/shape_util.h"
+
+#if STF_CUDA
+#include "custom_ops/attention/cuda/attention.h"
+#endif
+
+namespace stf {
+namespace {
+
+using tensorflow::OpKernelConstruction;
+using tensorflow::XlaOpKernelContext;
+
+// Attributes as MLIR writes them, which is how custom calls take theirs.
+std::string Written(const Program& program) {
+  std::string text = "{components = array<i64";
+  const char* separator = ": ";
+  for (const stf_component& c : program.components) {
+    for (const int64_t x : {c.kind, c.a, c.b, c.c, c.d, c.exclude}) {
+      text += separator + std::to_string(x);
+      separator = ", ";
+    }
+  }
+  text += ">, program_begin = array<i32";
+  separator = ": ";
+  for (const int32_t x : program.begin) {
+    text += separator + std::to_string(x);
+    separator = ", ";
+  }
+  char scale[32];
+  std::snprintf(scale, sizeof(scale), "%.9e", program.scale);  // nine digits give every float back
+  return text + ">, scale = " + scale + " : f32}";
+}
+
+// Bytes of device memory that a call needs beside its arguments and results.
+int64_t Workspace(const stf_problem& problem, bool gradient, bool gpu) {
+#if STF_CUDA
+  if (gpu) return gradient ? stf_attention_cuda_backward_workspace(&problem) : stf_attention_cuda_forward_workspace(&problem);
+#endif
+  return 0;  // the CPU's kernels see to it themselves
+}
+
+template <bool kGradient, bool kGpu>
+class AttentionXla : public tensorflow::XlaOpKernel {
+ public:
+  explicit AttentionXla(OpKernelConstruction* context) : XlaOpKernel(context) { OP_REQUIRES_OK(context, program_.Init(context)); }
+
+  void Compile(XlaOpKernelContext* context) override {
+    std::vector<tensorflow::TensorShape> shapes;
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> operand_shapes;
+    for (int i = 0; i < context->num_inputs(); i++) {
+      shapes.push_back(context->InputShape(i));
+      operands.push_back(context->Input(i));
+      const auto shape = context->InputXlaShape(i);
+      OP_REQUIRES_OK(context, shape.status());
+      operand_shapes.push_back(*shape);
+    }
+    stf_problem problem;
+    OP_REQUIRES_OK(context, Describe(program_, STF_FLOAT32, shapes, &problem));
+    const xla::PrimitiveType type = operand_shapes[0].element_type();
+    problem.dtype = type == xla::F32 ? STF_FLOAT32 : type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
+    if (kGradient) OP_REQUIRES_OK(context, CheckGradient(shapes, problem));
+    if (kGpu) OP_REQUIRES_OK(context, CheckForGpu(problem));
+
+    const absl::Span<const uint8_t> layouts(reinterpret_cast<const uint8_t*>(program_.layouts.data()), program_.layouts.size());
+    operands.insert(operands.begin() + 4, xla::ConstantR1<uint8_t>(context->builder(), layouts));
+    operand_shapes.insert(operand_shapes.begin() + 4, xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(layouts.size())}));
+
+    std::vector<xla::Shape> results;
+    if (kGradient) {
+      results = {operand_shapes[0], operand_shapes[1], operand_shapes[2]};
+    } else {
+      results = {operand_shapes[2], xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, problem.heads, problem.positions})};
+    }
+    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {Workspace(problem, kGradient, kGpu)}));
+    for (xla::Shape& shape : operand_shapes) xla::LayoutUtil::SetToDefaultLayout(&shape);
+    for (xla::Shape& shape : results) xla::LayoutUtil::SetToDefaultLayout(&shape);
+    const xla::XlaOp call =
+        xla::CustomCallWithLayout(context->builder(), kGradient ? kGradientCall : kForwardCall, operands,
+                                  xla::ShapeUtil::MakeTupleShape(results), operand_shapes, Written(program_), /*has_side_effect=*/false, {},
+                                  nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    for (int i = 0; i < context->num_outputs(); i++) context->SetOutput(i, xla::GetTupleElement(call, i));
+  }
+
+ private:
+  Program program_;
+};
+
+#define STF_TYPES {tensorflow::DT_FLOAT, tensorflow::DT_BFLOAT16, tensorflow::DT_HALF}
+#define STF_REGISTER(device, gpu)                                                                                          \
+  REGISTER_KERNEL_BUILDER(Name("StfAttention").Device(device).TypeConstraint("T", STF_TYPES), (AttentionXla<false, gpu>)); \
+  REGISTER_KERNEL_BUILDER(Name("StfAttentionGrad").Device(device).TypeConstraint("T", STF_TYPES), (AttentionXla<true, gpu>))
+
+STF_REGISTER("XLA_CPU_JIT", false);
+#if STF_CUDA
+STF_REGISTER("XLA_GPU_JIT", true);
+#endif
+
+}  // namespace
+}  // namespace stf
