@@ -59,6 +59,7 @@ def check_lengths(lengths, query):
     """
     if lengths is None:
         return None
+    given = None if tf.is_tensor(lengths) or isinstance(lengths, tf.Variable) else np.asarray(lengths)
     lengths = tf.convert_to_tensor(lengths)
     batch = query.shape[0]
     if not lengths.dtype.is_integer:
@@ -66,6 +67,10 @@ def check_lengths(lengths, query):
     if not lengths.shape.is_compatible_with([batch]):
         axes = "[batch]" if batch is None else f"[batch] = [{batch}]"
         raise ValueError(f"lengths must have shape {axes}. Received: lengths={_words(lengths)}")
+    positions = query.shape[1]
+    if given is not None and positions is not None:  # numbers of the host's: no device need be asked
+        for index in np.flatnonzero((given < 0) | (given > positions))[:1]:
+            raise ValueError(f"lengths must be from 0 to {positions}. Received: lengths[{index}]={given[index]}")
     return lengths if lengths.dtype == tf.int32 else tf.saturate_cast(lengths, tf.int32)
 
 
