@@ -1,6 +1,6 @@
 """The Sparse Transformer as a Keras model, and the paper's configurations of it."""
 
-from stf.models.presets import PRESETS, preset
+from stf.models.presets import PRESETS, count_parameters, preset
 from stf.models.sparse_transformer import SparseTransformer
 
-__all__ = ["PRESETS", "SparseTransformer", "preset"]
+__all__ = ["PRESETS", "SparseTransformer", "count_parameters", "preset"]
