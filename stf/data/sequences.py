@@ -1,4 +1,4 @@
-"""What all data sets give: splits of byte sequences, and batches of them."""
+"""What all data sets give: byte sequences, and batches of them that a resumed run goes on with."""
 
 from typing import NamedTuple
 
@@ -7,29 +7,51 @@ import tensorflow as tf
 
 
 class Splits(NamedTuple):
-    """uint8 sequences `[examples, length]` for training, validation and test, and a line that says what they are."""
+    """Training, validation and test data, and a line that says what they are.
 
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    Each of the three is either uint8 `[examples, length]` (images), or a `Stream` (text, audio).
+    """
+
+    train: "np.ndarray | Stream"
+    validation: "np.ndarray | Stream"
+    test: "np.ndarray | Stream"
     description: str
 
 
-def batches(sequences, batch_size, seed=None, skip=0):
-    """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`.
+class Stream(NamedTuple):
+    """Bytes one after another, of one or more recordings or files.
+
+    tokens: uint8 `[position]`.
+    borders: int64 `[pieces + 1]`; piece p has positions `borders[p]` to `borders[p + 1]`. Nothing crosses a border.
+    """
+
+    tokens: np.ndarray
+    borders: np.ndarray
+
+    @classmethod
+    def of(cls, pieces):
+        """A stream of pieces, each a uint8 array."""
+        pieces = [np.asarray(piece, np.uint8) for piece in pieces]
+        return cls(np.concatenate([np.zeros(0, np.uint8), *pieces]), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
+
+
+def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
+    """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`, of whole examples.
 
     Args:
         sequences: uint8 `[examples, length]`.
-        batch_size: sequences of a batch.
+        batch_size: sequences of a batch, over all workers.
         seed: shuffles anew every epoch, by this seed, and repeats for ever; None keeps the order, once, and
             drops nothing.
         skip: batches to leave out at the start: what a resumed run has seen already.
+        shard: (index, count): which rows of each batch are this worker's, every count-th from index on.
     """
     if len(sequences) < 1 or batch_size < 1:
         raise ValueError(
             f"there must be examples and a batch_size of at least 1. "
             f"Received: {len(sequences)} examples, batch_size={batch_size}"
         )
+    _check_shard(shard, batch_size)
     index = tf.data.Dataset.range(len(sequences))
     if seed is not None:
         index = index.shuffle(len(sequences), seed=seed, reshuffle_each_iteration=True).repeat()
@@ -37,14 +59,114 @@ def batches(sequences, batch_size, seed=None, skip=0):
     table = tf.constant(sequences)
 
     def gather(rows):
-        tokens = tf.cast(tf.gather(table, rows), tf.int32)
+        tokens = tf.cast(tf.gather(table, rows[shard[0] :: shard[1]]), tf.int32)
         return tokens, tokens
 
     return index.map(gather, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
+def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
+    """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`: random crops of a stream, for ever.
+
+    The crops of batch i depend on `seed` and i alone, so that going on after any batch costs nothing.
+
+    Args:
+        stream: a `Stream`, or uint8 `[position]`. Every crop within a piece is as likely as any other.
+        length: positions of a crop. Pieces that are shorter are left out.
+        batch_size: crops of a batch, over all workers.
+        seed: of the crops.
+        skip: batches to leave out at the start.
+        shard: as for `batches`.
+
+    Raises:
+        ValueError: no piece is long enough, or another argument does not fit.
+    """
+    stream = _as_stream(stream)
+    _check_shard(shard, batch_size)
+    pieces = np.diff(stream.borders)
+    starts = np.maximum(pieces - length + 1, 0)  # where a crop may begin
+    if length < 1 or not starts.any():
+        raise ValueError(
+            f"some piece must have length={length} positions. Received: {len(pieces)} pieces, "
+            f"the longest of {max(pieces, default=0)} positions"
+        )
+    ends = tf.constant(np.cumsum(starts))
+    shift = tf.constant(stream.borders[:-1] - np.concatenate([[0], np.cumsum(starts)[:-1]]))
+    tokens = tf.constant(stream.tokens)
+
+    def draw(batch):
+        rows = tf.range(shard[0], batch_size, shard[1], tf.int64)
+
+        def one(row):
+            draw = tf.random.stateless_uniform([], [batch, row + (seed << 32)], 0, ends[-1], tf.int64)
+            start = draw + tf.gather(shift, tf.searchsorted(ends, [draw], side="right")[0])
+            return tf.cast(tokens[start : start + length], tf.int32)
+
+        chosen = tf.map_fn(one, rows, fn_output_signature=tf.TensorSpec([length], tf.int32))
+        return chosen, chosen
+
+    numbers = tf.data.Dataset.counter(start=skip)
+    return numbers.map(draw, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
+def windows(stream, length, batch_size, context=0):
+    """A `tf.data.Dataset` of (tokens, tokens, weights) that counts every position of a stream once.
+
+    Windows of `length` positions follow one another, each `length - context` further on. In each, positions that
+    an earlier window has counted weigh 0, and so do the zeros behind a piece that is shorter than a window. The last
+    window of a piece ends where the piece ends. (Table 3 of the paper: `context` is the least context of a counted
+    position, but for a piece's first `length`.)
+
+    Args:
+        stream: a `Stream`, or uint8 `[position]`.
+        length: positions of a window.
+        batch_size: windows of a batch; the last batch may have fewer.
+        context: positions of a window that an earlier one has counted, less than `length`.
+    """
+    stream = _as_stream(stream)
+    if not 0 <= context < length or batch_size < 1:
+        raise ValueError(
+            f"context must be from 0 to length - 1 and batch_size at least 1. "
+            f"Received: context={context}, length={length}, batch_size={batch_size}"
+        )
+    begins, counted, ends = [], [], []  # of each window: where it begins, from where on it counts, where its piece ends
+    for low, high in zip(stream.borders[:-1], stream.borders[1:], strict=True):
+        done = low
+        while done < high:
+            begin = low if done == low else min(done - context, max(low, high - length))
+            begins.append(begin)
+            counted.append(done)
+            ends.append(high)
+            done = min(begin + length, high)
+    table = np.stack([np.asarray(x, np.int64) for x in (begins, counted, ends)], axis=1).reshape(-1, 3)
+    tokens = tf.constant(stream.tokens)
+
+    def cut(rows):
+        places = rows[:, :1] + tf.range(length, dtype=tf.int64)
+        inside = places < rows[:, 2:]
+        found = tf.where(inside, tf.cast(tf.gather(tokens, tf.minimum(places, rows[:, 2:] - 1)), tf.int32), 0)
+        return found, found, tf.cast(inside & (places >= rows[:, 1:2]), tf.float32)
+
+    dataset = tf.data.Dataset.from_tensor_slices(table).batch(batch_size)
+    return dataset.map(cut, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
 def order0_entropy(sequences):
     """Bits for each byte of the best code that knows the bytes' frequencies and nothing else."""
-    counts = np.bincount(np.asarray(sequences).ravel(), minlength=256)
+    tokens = sequences.tokens if isinstance(sequences, Stream) else np.asarray(sequences)
+    counts = np.bincount(tokens.ravel(), minlength=256)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
+
+
+def _as_stream(stream):
+    return stream if isinstance(stream, Stream) else Stream.of([stream])
+
+
+def _check_shard(shard, batch_size):
+    index, count = shard
+    if not 0 <= index < count or batch_size % count:
+        raise ValueError(
+            f"shard must be (index, count) with index below count, and count must divide batch_size. "
+            f"Received: shard={shard}, batch_size={batch_size}"
+        )

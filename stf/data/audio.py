@@ -1,0 +1,74 @@
+"""Recordings as streams of 8-bit µ-law bytes (Section 7.4 of the paper: 12 kHz)."""
+
+import pathlib
+
+import numpy as np
+
+from stf.data.sequences import Splits, Stream
+
+RATE = 12_000  # samples a second
+SUFFIXES = (".wav", ".flac", ".ogg", ".aiff", ".aif")
+MU = 255
+
+
+def encode(wave):
+    """Samples in [-1, 1] as bytes: µ-law companding, then 256 even steps (ITU-T G.711's curve)."""
+    wave = np.clip(np.asarray(wave, np.float32), -1, 1)
+    companded = np.sign(wave) * np.log1p(MU * np.abs(wave)) / np.log1p(MU)
+    return np.round((companded + 1) / 2 * MU).astype(np.uint8)
+
+
+def decode(tokens):
+    """The samples in [-1, 1], float32, of `encode`'s bytes."""
+    companded = np.asarray(tokens, np.float32) / MU * 2 - 1
+    return np.sign(companded) * np.expm1(np.abs(companded) * np.log1p(MU)) / MU
+
+
+def read(path, rate=RATE):
+    """A recording's samples, float32: mixed to mono, resampled."""
+    import soundfile
+    import soxr
+
+    wave, found = soundfile.read(path, dtype="float32", always_2d=True)
+    mono = wave.mean(axis=1)
+    return mono if found == rate else soxr.resample(mono, found, rate)
+
+
+def write(path, tokens, rate=RATE):
+    """Writes bytes `[position]` as a 16-bit recording."""
+    import soundfile
+
+    soundfile.write(path, decode(tokens), rate, subtype="PCM_16")
+
+
+def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1):
+    """All recordings of a folder and those below it.
+
+    Args:
+        folder: has WAV, FLAC, Ogg or AIFF files.
+        rate: samples a second that they are resampled to.
+        held_out: share of the recordings for validation and for test, at least one each.
+        seed: of the order in which recordings are held out.
+        verbose: 1 shows a progress bar.
+
+    Returns:
+        `Splits` of `Stream`s, a piece for each recording: no sequence crosses from one to another.
+
+    Raises:
+        FileNotFoundError: there are fewer than three recordings.
+    """
+    from tqdm import tqdm
+
+    files = sorted(file for file in pathlib.Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 3:
+        raise FileNotFoundError(f"three recordings are needed ({', '.join(SUFFIXES)}). Found {len(files)} in {folder}")
+    order = np.random.RandomState(seed).permutation(len(files))
+    counts = [max(1, round(len(files) * share)) for share in held_out]
+    pieces = [encode(read(file, rate)) for file in tqdm(files, "reading recordings", disable=not verbose)]
+    parts = np.split(order, np.cumsum(counts[::-1]))  # test, validation, training
+    streams = [Stream.of([pieces[i] for i in sorted(part)]) for part in parts[::-1]]
+    sizes = ", ".join(
+        f"{len(part)} ({len(stream.tokens) / rate:,.0f} s) to {use}"
+        for part, stream, use in zip(parts[::-1], streams, ("train", "validate", "test"), strict=True)
+    )
+    return Splits(*streams, f"{folder}, recordings at {rate:,} Hz: {sizes}")

@@ -1,0 +1,81 @@
+"""Text and any other files as streams of bytes; Enwik8 among them."""
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from stf.data.sequences import Splits, Stream
+
+ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
+ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
+ENWIK8_BYTES = 100_000_000
+
+
+def load(path, held_out=(0.05, 0.05)):
+    """The bytes of a file, or of all files of a folder and those below it, in the order of their names.
+
+    Args:
+        path: a file or a folder.
+        held_out: share of the bytes, at the end, for validation and for test. A file that lies across the line is cut.
+
+    Returns:
+        `Splits` of `Stream`s, a piece for each file.
+
+    Raises:
+        FileNotFoundError: there is no such file, or nothing in the folder.
+        ValueError: held_out does not fit.
+    """
+    if any(share < 0 for share in held_out) or sum(held_out) >= 1:
+        raise ValueError(f"held_out must be two shares below 1 in all. Received: held_out={held_out}")
+    path = pathlib.Path(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    pieces = [np.fromfile(file, np.uint8) for file in files]
+    total = sum(map(len, pieces))
+    if not total:
+        raise FileNotFoundError(f"no bytes in {path}")
+    test = round(total * held_out[1])
+    validation = round(total * held_out[0])
+    splits = _cut(pieces, [total - validation - test, total - test])
+    sizes = ", ".join(
+        f"{len(stream.tokens):,} bytes to {use}"
+        for stream, use in zip(splits, ("train", "validate", "test"), strict=True)
+    )
+    return Splits(*splits, f"{path}: {sizes}")
+
+
+def load_enwik8(path=None):
+    """Enwik8, the first 100 million bytes of a Wikipedia dump: 90, 5 and 5 million (Section 7.2 of the paper).
+
+    Args:
+        path: the unpacked file, or the first bytes of it, which are split in proportion; fetched unless given.
+
+    Returns:
+        `Splits` of `Stream`s.
+
+    Raises:
+        ValueError: the file has 100 million bytes and is another.
+    """
+    if path is None:
+        import keras
+
+        folder = keras.utils.get_file(origin=ENWIK8_URL, file_hash=ENWIK8_ZIP_SHA256, extract=True)
+        path = next(file for file in pathlib.Path(folder).rglob("enwik8") if file.is_file())
+    splits = load(path)
+    if sum(len(stream.tokens) for stream in splits[:3]) == ENWIK8_BYTES:
+        found = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+        if found != ENWIK8_SHA256:
+            raise ValueError(f"{path} is not Enwik8, whose sha256 is {ENWIK8_SHA256}. Received: {found}")
+    return splits
+
+
+def _cut(pieces, places):
+    """Streams of the pieces up to each place, and of the rest."""
+    streams, borders = [], np.cumsum([0, *map(len, pieces)])
+    for low, high in zip([0, *places], [*places, borders[-1]], strict=True):
+        parts = [
+            piece[max(low - begin, 0) : max(high - begin, 0)] for piece, begin in zip(pieces, borders[:-1], strict=True)
+        ]
+        streams.append(Stream.of([part for part in parts if len(part)]))
+    return streams

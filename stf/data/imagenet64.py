@@ -1,0 +1,38 @@
+"""ImageNet 64 x 64 as sequences of 12,288 bytes, read from disk as they are needed."""
+
+import numpy as np
+import tensorflow as tf
+
+SHAPE = (64, 64, 3)
+NAME = "downsampled_imagenet/64x64"
+
+
+def dataset(split, batch_size, data_dir=None, seed=None, skip=0, shard=(0, 1)):
+    """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, 12288]`, through tensorflow-datasets.
+
+    Args:
+        split: "train" or "validation" (the official one), or a slice of either.
+        batch_size: images of a batch, over all workers.
+        data_dir: folder of tensorflow-datasets, which fetches the data set where it is not there.
+        seed: shuffles files and then a window of 10,000 images, by this seed, and repeats for ever; None keeps
+            the order, once, and drops nothing.
+        skip: batches to leave out at the start: what a resumed run has seen already. They are read over.
+        shard: (index, count): which rows of each batch are this worker's.
+    """
+    import tensorflow_datasets as tfds
+
+    index, count = shard
+    builder = tfds.builder(NAME, data_dir=data_dir)
+    builder.download_and_prepare()
+    config = tfds.ReadConfig(shuffle_seed=seed, interleave_cycle_length=16 if seed is not None else 1)
+    data = builder.as_dataset(split=split, shuffle_files=seed is not None, read_config=config)
+    data = data.map(lambda example: tf.reshape(example["image"], [int(np.prod(SHAPE))]))
+    if seed is not None:
+        data = data.shuffle(10_000, seed=seed).repeat()
+    data = data.batch(batch_size, drop_remainder=seed is not None).skip(skip)
+
+    def tokens(images):
+        x = tf.cast(images[index::count], tf.int32)
+        return x, x
+
+    return data.map(tokens, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -1,0 +1,53 @@
+"""Images of a folder, of any size, as byte sequences: row, column, channel, the last running fastest."""
+
+import pathlib
+
+import numpy as np
+
+from stf.data.sequences import Splits
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def read(path, shape):
+    """An image as uint8 `[rows * columns * 3]`: scaled until it just covers the shape, its middle cut out."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (shape[1], shape[0]), Image.Resampling.BOX)
+    return np.asarray(fitted, np.uint8).reshape(-1)
+
+
+def load(folder, shape=(64, 64, 3), held_out=(0.05, 0.05), seed=0, verbose=1):
+    """All images of a folder and those below it.
+
+    Args:
+        folder: has images that Pillow reads.
+        shape: rows, columns and 3.
+        held_out: share of the images for validation and for test, at least one each.
+        seed: of the order in which images are held out.
+        verbose: 1 shows a progress bar.
+
+    Returns:
+        `Splits`, uint8 `[images, rows * columns * 3]`.
+
+    Raises:
+        FileNotFoundError: there are fewer than three images.
+        ValueError: the shape does not fit.
+    """
+    from tqdm import tqdm
+
+    if len(shape) != 3 or min(shape) < 1 or shape[2] != 3:
+        raise ValueError(f"shape must be (rows, columns, 3). Received: shape={shape}")
+    files = sorted(file for file in pathlib.Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 3:
+        raise FileNotFoundError(f"three images are needed ({', '.join(SUFFIXES)}). Found {len(files)} in {folder}")
+    order = np.random.RandomState(seed).permutation(len(files))
+    images = np.stack([read(file, shape) for file in tqdm(files, "reading images", disable=not verbose)])
+    counts = [max(1, round(len(files) * share)) for share in held_out]
+    test, validation, train = np.split(order, np.cumsum(counts[::-1]))
+    description = (
+        f"{folder}, images of {shape[0]} x {shape[1]}: {len(train):,} to train, {len(validation):,} to validate, "
+        f"{len(test):,} to test"
+    )
+    return Splits(images[train], images[validation], images[test], description)

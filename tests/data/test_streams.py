@@ -1,0 +1,153 @@
+"""Streams: crops, windows, files, recordings, images in a folder."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stf.data import Stream, audio, crops, files, images, windows
+from stf.data.sequences import batches
+
+
+def test_crops_lie_within_pieces_and_every_place_comes():
+    pieces = [np.arange(0, 5), np.arange(100, 102), np.arange(200, 207)]
+    stream = Stream.of(pieces)
+    seen = np.concatenate([tokens for tokens, _ in crops(stream, 3, 8, seed=1).take(100)])
+    assert seen.shape == (800, 3)
+    assert (np.diff(seen, axis=1) == 1).all()  # none crosses a border
+    starts, counts = np.unique(seen[:, 0], return_counts=True)
+    assert list(starts) == [0, 1, 2, 200, 201, 202, 203, 204]  # the piece of two is too short
+    assert counts.min() > 60  # 100 each
+
+
+def test_crops_go_on_where_they_were_and_shards_are_the_joint_batch():
+    stream = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
+    whole = [tokens.numpy() for tokens, _ in crops(stream, 16, 4, seed=7).take(6)]
+    resumed = [tokens.numpy() for tokens, _ in crops(stream, 16, 4, seed=7, skip=4).take(2)]
+    np.testing.assert_array_equal(resumed, whole[4:])
+    shards = [[tokens.numpy() for tokens, _ in crops(stream, 16, 4, seed=7, shard=(i, 2)).take(6)] for i in range(2)]
+    for joint, first, second in zip(whole, *shards, strict=True):
+        np.testing.assert_array_equal(joint[0::2], first)
+        np.testing.assert_array_equal(joint[1::2], second)
+    other = next(iter(crops(stream, 16, 4, seed=8)))[0].numpy()
+    assert not np.array_equal(other, whole[0])
+
+
+def test_shards_of_batches_are_the_joint_batch():
+    sequences = np.arange(24, dtype=np.uint8).reshape(12, 2)
+    whole = [tokens.numpy() for tokens, _ in batches(sequences, 4, seed=3).take(5)]
+    for index in range(2):
+        part = [tokens.numpy() for tokens, _ in batches(sequences, 4, seed=3, shard=(index, 2)).take(5)]
+        np.testing.assert_array_equal(part, [batch[index::2] for batch in whole])
+
+
+@pytest.mark.parametrize("context", [0, 3, 6])
+def test_windows_count_every_position_once(context):
+    random = np.random.default_rng(0)
+    pieces = [random.integers(0, 256, size) for size in (40, 7, 6, 1, 23)]
+    stream = Stream.of(pieces)
+    counted = []
+    for tokens, targets, weights in windows(stream, 7, 3, context):
+        np.testing.assert_array_equal(tokens, targets)
+        for row, weight in zip(tokens.numpy(), weights.numpy(), strict=True):
+            counted.extend(row[weight > 0])
+    np.testing.assert_array_equal(counted, stream.tokens)
+
+
+def test_windows_give_the_least_context_but_at_a_pieces_begin():
+    stream = np.arange(100, dtype=np.uint8)
+    for _, _, weights in windows(stream, 20, 1, context=15):
+        first = int(np.argmax(weights.numpy()[0] > 0))
+        assert first == 0 or first >= 15
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: crops(np.zeros(5, np.uint8), 6, 1, seed=0), "length=6"),
+        (lambda: crops(np.zeros(5, np.uint8), 2, 3, seed=0, shard=(0, 2)), r"shard=\(0, 2\)"),
+        (lambda: crops(np.zeros(5, np.uint8), 2, 2, seed=0, shard=(2, 2)), r"shard=\(2, 2\)"),
+        (lambda: windows(np.zeros(5, np.uint8), 4, 1, context=4), "context=4"),
+        (lambda: windows(np.zeros(5, np.uint8), 4, 0), "batch_size=0"),
+    ],
+)
+def test_refuses_bad_arguments(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_files_are_split_at_the_end_and_cut_where_need_be(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_bytes(bytes(range(60)))
+    (tmp_path / "b" / "c.bin").write_bytes(bytes(range(100, 140)))
+    splits = files.load(tmp_path, held_out=(0.1, 0.1))
+    assert [len(stream.tokens) for stream in splits[:3]] == [80, 10, 10]
+    np.testing.assert_array_equal(np.concatenate([s.tokens for s in splits[:3]]), [*range(60), *range(100, 140)])
+    assert list(splits.train.borders) == [0, 60, 80]
+    assert "80 bytes to train" in splits.description
+    with pytest.raises(ValueError, match="held_out"):
+        files.load(tmp_path, held_out=(0.5, 0.5))
+    with pytest.raises(FileNotFoundError):
+        files.load(tmp_path / "none.txt")
+
+
+def test_enwik8_is_checked_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "enwik8"
+    path.write_bytes(b"x" * 1000)
+    assert len(files.load_enwik8(path).train.tokens) == 900
+    monkeypatch.setattr(files, "ENWIK8_BYTES", 1000)
+    with pytest.raises(ValueError, match="sha256"):
+        files.load_enwik8(path)
+    monkeypatch.setattr(files, "ENWIK8_SHA256", hashlib.sha256(b"x" * 1000).hexdigest())
+    assert files.load_enwik8(path).test.tokens[0] == ord("x")
+
+
+def test_mu_law_gives_every_byte_back_and_keeps_quiet_sounds():
+    tokens = np.arange(256).astype(np.uint8)
+    np.testing.assert_array_equal(audio.encode(audio.decode(tokens)), tokens)
+    wave = np.linspace(-1, 1, 10001)
+    error = np.abs(audio.decode(audio.encode(wave)) - wave)
+    # Half a step of 2 / 255 times the curve's slope, log(256) * (1 / 255 + |x|).
+    assert (error <= np.log(256) * (1 / 255 + np.abs(wave) + 0.03) / 255).all()
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_recordings_are_mixed_resampled_and_kept_apart(tmp_path, suffix):
+    import soundfile
+
+    seconds, rate = 0.5, 44_100
+    time = np.arange(int(seconds * rate)) / rate
+    for name, pitch in (("a", 440), ("b", 880), ("c", 1760)):
+        left = np.sin(2 * np.pi * pitch * time)
+        soundfile.write(tmp_path / f"{name}{suffix}", np.stack([left, 0 * left], axis=1), rate)
+    splits = audio.load(tmp_path, verbose=0)
+    assert [len(stream.borders) - 1 for stream in splits[:3]] == [1, 1, 1]
+    for stream in splits[:3]:
+        assert len(stream.tokens) == pytest.approx(seconds * audio.RATE, abs=2)
+        wave = audio.decode(stream.tokens)[600:-600]
+        assert np.abs(wave).max() == pytest.approx(0.5, abs=0.03)  # half of a channel's and of silence
+        spectrum = np.abs(np.fft.rfft(wave))
+        pitch = np.argmax(spectrum) * audio.RATE / len(wave)
+        assert min(abs(pitch - known) for known in (440, 880, 1760)) < 3
+    audio.write(tmp_path / "again.wav", splits.train.tokens)
+    again = audio.encode(audio.read(tmp_path / "again.wav"))
+    assert np.abs(again.astype(int) - splits.train.tokens).max() <= 1
+    with pytest.raises(FileNotFoundError, match="three recordings"):
+        audio.load(tmp_path / "nowhere")
+
+
+def test_images_of_any_size(tmp_path):
+    for name, size in (("a.png", (64, 64)), ("b.jpg", (200, 80)), ("c.png", (30, 100)), ("d.webp", (64, 70))):
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
+    Image.new("L", (16, 16), 7).save(tmp_path / "e.png")
+    splits = images.load(tmp_path, (16, 24, 3), verbose=0)
+    assert [len(x) for x in splits[:3]] == [3, 1, 1]
+    everything = np.concatenate(splits[:3])
+    assert everything.shape == (5, 16 * 24 * 3)
+    pixels = {tuple(np.round(image.reshape(16, 24, 3)[8, 12] / 4).astype(int)) for image in everything}
+    assert pixels <= {(50, 25, 12), (50, 25, 13), (50, 25, 12), (2, 2, 2)}
+    with pytest.raises(ValueError, match="shape"):
+        images.load(tmp_path, (16, 24, 1))
+    with pytest.raises(FileNotFoundError, match="three images"):
+        images.load(tmp_path / "nowhere")
