@@ -13,7 +13,7 @@ from stf.version import __version__
 
 from stf import ops, layers, training, models, generation  # isort: skip
 
-_LATER = ("callbacks", "data")
+_LATER = ("callbacks", "data", "evaluation")
 
 __all__ = ["__version__", "generation", "layers", "models", "ops", "patterns", "training", *_LATER]
 

@@ -1,0 +1,75 @@
+"""Evaluation in which every token counts once, whatever the batches."""
+
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` found.
+
+    bits: mean bits for each counted token: bits per dim of images, bits per byte of text.
+    tokens: how many counted.
+    losses: float32 `[tokens]`, nats of each, in the data's order.
+    seconds: that it took.
+    """
+
+    bits: float
+    tokens: int
+    losses: np.ndarray
+    seconds: float
+
+
+def in_float32(model):
+    """The model with its weights, computing in float32, whatever dtype policy it was trained under.
+
+    The same model where it does so already. Weights are float32 under every policy.
+    """
+    if model.compute_dtype == "float32":
+        return model
+    config = model.get_config() | {"dtype": "float32"}
+    exact = type(model).from_config(config)
+    exact.set_weights(model.get_weights())
+    return exact
+
+
+def evaluate(model, dataset, verbose=1):
+    """Mean bits for each token of a data set.
+
+    Sums are in float64, so that neither the order nor the size of batches shows in the first six digits.
+
+    Args:
+        model: gives logits `[batch, position, vocab_size]` of tokens `[batch, position]`.
+        dataset: finite batches of (tokens, targets) or (tokens, targets, weights), as `stf.data.batches` without a seed
+            and `stf.data.windows` give them. Targets of weight 0 do not count; other weights are 1.
+        verbose: 1 shows a progress bar with the bits so far.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        ValueError: nothing counts.
+    """
+
+    @tf.function(reduce_retracing=True)
+    def losses_of(tokens, targets):
+        logits = tf.cast(model(tokens, training=False), tf.float32)
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+
+    found, total, count, begin = [], 0.0, 0, time.perf_counter()
+    size = dataset.cardinality().numpy()
+    with tqdm(dataset, "evaluating", total=size if size >= 0 else None, disable=not verbose, unit="batch") as bar:
+        for tokens, targets, *weights in bar:
+            losses = losses_of(tokens, targets).numpy()
+            losses = losses[weights[0].numpy() > 0] if weights else losses.reshape(-1)
+            found.append(losses)
+            total += losses.sum(dtype=np.float64)
+            count += losses.size
+            bar.set_postfix(bits=f"{total / max(count, 1) / math.log(2):.4f}")
+    if not count:
+        raise ValueError("dataset must have a token that counts. Received: none")
+    return Evaluation(total / count / math.log(2), count, np.concatenate(found), time.perf_counter() - begin)

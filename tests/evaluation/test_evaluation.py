@@ -1,0 +1,85 @@
+"""Evaluation: every token once, whatever the batches, the dtype policy and the context."""
+
+import keras
+import numpy as np
+import pytest
+
+import stf
+from stf.data import Stream, batches, windows
+
+
+def make(**arguments):
+    defaults = dict(
+        length=24,
+        position_shape=(6, 4),
+        patterns=[stf.patterns.Local(4), stf.patterns.Strided(4)],
+        num_blocks=2,
+        num_heads=2,
+        model_dim=16,
+        vocab_size=32,
+        seed=1,
+    )
+    model = stf.models.SparseTransformer(**(defaults | arguments))
+    model.logits.kernel.assign(np.random.default_rng(0).normal(size=model.logits.kernel.shape))
+    return model
+
+
+def data(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 32, (count, 24)).astype(np.uint8)
+
+
+def test_bits_are_the_mean_of_all_tokens_by_hand():
+    model, x = make(), data(7)
+    logits = model(x.astype("int32")).numpy().astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, x[..., None].astype(int), -1)[..., 0]
+    found = stf.evaluation.evaluate(model, batches(x, 3), verbose=0)
+    assert found.tokens == x.size == len(found.losses)
+    assert found.bits == pytest.approx(nats.mean() / np.log(2), abs=1e-5)
+    np.testing.assert_allclose(found.losses, nats.reshape(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_neither_batch_size_nor_policy_changes_it(policy):
+    expected = stf.evaluation.evaluate(make(), batches(data(7), 7), verbose=0).bits
+    model = make(dtype=policy)
+    model.set_weights(make().get_weights())
+    exact = stf.evaluation.in_float32(model)
+    assert exact.compute_dtype == "float32" and (exact is model) == (policy == "float32")
+    for batch_size in (1, 2, 5):
+        found = stf.evaluation.evaluate(exact, batches(data(7), batch_size), verbose=0)
+        assert found.bits == pytest.approx(expected, abs=1e-4)
+        assert found.tokens == 7 * 24
+
+
+@pytest.mark.parametrize("context", [0, 7, 23])
+def test_every_byte_of_a_stream_counts_once(context):
+    model = make()
+    stream = Stream.of([data(1).reshape(-1)[:10], np.tile(data(3, seed=2), 2).reshape(-1)[:77]])
+    found = [
+        stf.evaluation.evaluate(model, windows(stream, 24, batch_size, context), verbose=0) for batch_size in (1, 4)
+    ]
+    assert [each.tokens for each in found] == [87, 87]
+    np.testing.assert_allclose(found[0].losses, found[1].losses, atol=1e-5)
+
+
+def test_more_context_is_what_it_says():
+    """The last token's loss is that of a window that ends with it."""
+    model, stream = make(), data(4).reshape(-1)
+    found = stf.evaluation.evaluate(model, windows(stream, 24, 2, context=23), verbose=0)
+    last = stf.evaluation.evaluate(model, batches(stream[None, -24:], 1), verbose=0)
+    assert found.losses[-1] == pytest.approx(last.losses[-1], abs=1e-5)
+
+
+def test_nothing_that_counts_is_refused():
+    with pytest.raises(ValueError, match="dataset"):
+        stf.evaluation.evaluate(make(), batches(data(1), 1).take(0), verbose=0)
+
+
+def test_agrees_with_keras():
+    model, x = make(), data(6)
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=[stf.training.BitsPerDim()]
+    )
+    theirs = model.evaluate(batches(x, 3), return_dict=True, verbose=0)["bits_per_dim"]
+    assert stf.evaluation.evaluate(model, batches(x, 4), verbose=0).bits == pytest.approx(theirs, abs=1e-5)
