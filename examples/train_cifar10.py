@@ -50,18 +50,14 @@ def load_data():
     return data
 
 
-def make_model(checkpoint):
-    """The model to train, new or as the checkpoint has it."""
-    if FLAGS.resume and checkpoint.exists():
-        model = keras.saving.load_model(checkpoint)
-        print(f"resuming {checkpoint} after step {int(model.optimizer.iterations)}")
-        return model
+def make_model():
+    """The model to train."""
     overrides = {} if FLAGS.num_blocks is None else {"num_blocks": FLAGS.num_blocks}
     model = stf.models.SparseTransformer.from_preset(FLAGS.preset, seed=FLAGS.seed, **overrides)
     schedule = stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, FLAGS.warmup_steps)
     model.compile(
         optimizer=stf.training.optimizer(schedule),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        loss=stf.training.cross_entropy(),
         metrics=[stf.training.BitsPerDim()],
         jit_compile=FLAGS.jit_compile,
     )
@@ -90,27 +86,19 @@ def main(_):
     keras.utils.set_random_seed(FLAGS.seed)
     keras.config.set_dtype_policy(FLAGS.policy)
     run_dir = pathlib.Path(FLAGS.run_dir)
-    checkpoint, log_dir = run_dir / "checkpoint.keras", run_dir / "log"
+    log_dir = run_dir / "log"
     data = load_data()
-    model = make_model(checkpoint)
-    print(f"{FLAGS.preset}: {model.count_params():,} parameters, {FLAGS.steps:,} steps of {FLAGS.batch_size} images")
-
-    done = int(model.optimizer.iterations)
-    steps_per_epoch = FLAGS.steps // FLAGS.epochs
     validation = data.validation[: FLAGS.validation_images or None]
     samples = stf.callbacks.Samples(log_dir, count=FLAGS.samples, seed=FLAGS.seed)
-    model.fit(
-        stf.data.batches(data.train, FLAGS.batch_size, seed=FLAGS.seed, skip=done),
-        initial_epoch=done // steps_per_epoch,
-        epochs=FLAGS.epochs,
-        steps_per_epoch=steps_per_epoch,
-        validation_data=stf.data.batches(validation, FLAGS.batch_size),
-        callbacks=[
-            stf.callbacks.TrainingLog(log_dir),
-            stf.callbacks.AttentionMaps(log_dir, validation[0], every=0),
-            stf.callbacks.Checkpoint(checkpoint),
-            samples,
-        ],
+    model = stf.training.run(
+        make_model,
+        lambda done: stf.data.batches(data.train, FLAGS.batch_size, seed=FLAGS.seed, skip=done),
+        stf.data.batches(validation, FLAGS.batch_size),
+        run_dir,
+        FLAGS.steps,
+        FLAGS.epochs,
+        FLAGS.resume,
+        [stf.callbacks.AttentionMaps(log_dir, validation[0], every=0), samples],
     )
 
     test = data.test[: FLAGS.test_images or None]
@@ -119,7 +107,7 @@ def main(_):
     save_pictures(samples, data.test[: FLAGS.samples], run_dir)
     bits, entropy = result["bits_per_dim"], stf.data.order0_entropy(test)
     print(f"test bits per dim: {bits:.3f} (order-0 entropy of the same {len(test):,} images: {entropy:.3f})")
-    print(f"checkpoint: {checkpoint}")
+    print(f"checkpoint: {run_dir / 'checkpoint.keras'}")
     print(f"TensorBoard: tensorboard --logdir={log_dir}")
 
 

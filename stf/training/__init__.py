@@ -2,6 +2,7 @@
 
 from stf.training.losses import BitsPerDim, cross_entropy
 from stf.training.optimizer import AdamW, LossScale, optimizer
+from stf.training.run import run
 from stf.training.schedule import WarmupCosine
 
-__all__ = ["AdamW", "BitsPerDim", "LossScale", "WarmupCosine", "cross_entropy", "optimizer"]
+__all__ = ["AdamW", "BitsPerDim", "LossScale", "WarmupCosine", "cross_entropy", "optimizer", "run"]

@@ -1,0 +1,72 @@
+"""Bits per byte of a trained model over a whole split: no example and no tail is left out.
+
+    python examples/evaluate.py --checkpoint=runs/cifar10/checkpoint.keras --data=cifar10 --path=PATH
+    python examples/evaluate.py --checkpoint=runs/enwik8/checkpoint.keras --data=text --path=FILE --context=6144
+    python examples/evaluate.py ... --losses=losses.npy     # nats of every byte, in the data's order
+
+The last line of output is JSON. --context is Table 3's minimum context of a counted byte, for text and audio.
+The model computes in float32 whatever it was trained in, unless --keep_policy is given.
+"""
+
+import json
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from absl import app, flags, logging
+
+import stf
+
+flags.DEFINE_string("checkpoint", None, "A .keras file.", required=True)
+flags.DEFINE_enum("data", None, ["cifar10", "text", "audio", "images"], "Kind of data.", required=True)
+flags.DEFINE_string("path", None, "tensorflow-datasets' folder, file, or folder of the data.")
+flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split of the data.")
+flags.DEFINE_integer("batch_size", 4, "Sequences at once; does not change the result.")
+flags.DEFINE_integer("context", 0, "Least context of a counted byte, text and audio only.")
+flags.DEFINE_integer("limit", 0, "Only so many examples, or bytes, from the start; 0 takes all.")
+flags.DEFINE_bool("keep_policy", False, "Compute in the dtype policy that the model was trained in.")
+flags.DEFINE_string("losses", None, "NumPy file for the nats of every byte.")
+FLAGS = flags.FLAGS
+
+LOADERS = {
+    "cifar10": lambda: stf.data.cifar10.load(FLAGS.path),
+    "text": lambda: stf.data.files.load_enwik8(FLAGS.path),
+    "audio": lambda: stf.data.audio.load(FLAGS.path),
+}
+
+
+def dataset(model):
+    """The split, in batches that count every byte once."""
+    if FLAGS.data == "images":
+        data = stf.data.images.load(FLAGS.path, model.position_shape)
+    else:
+        data = LOADERS[FLAGS.data]()
+    print(data.description)
+    part = getattr(data, FLAGS.split)
+    if isinstance(part, stf.data.Stream):
+        if FLAGS.limit:
+            ends = np.minimum(part.borders, FLAGS.limit)
+            part = stf.data.Stream(part.tokens[: FLAGS.limit], np.unique(ends))
+        return stf.data.windows(part, model.length, FLAGS.batch_size, FLAGS.context)
+    if FLAGS.context:
+        raise app.UsageError(f"--context is for text and audio. Received: --context={FLAGS.context}")
+    return stf.data.batches(part[: FLAGS.limit or None], FLAGS.batch_size)
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    model = keras.saving.load_model(FLAGS.checkpoint, compile=False)
+    if not FLAGS.keep_policy:
+        model = stf.evaluation.in_float32(model)
+    found = stf.evaluation.evaluate(model, dataset(model))
+    if FLAGS.losses:
+        np.save(FLAGS.losses, found.losses)
+    result = {"checkpoint": FLAGS.checkpoint, "data": FLAGS.data, "split": FLAGS.split, "context": FLAGS.context}
+    result |= {"bits_per_byte": found.bits, "bytes": found.tokens, "seconds": round(found.seconds, 1)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app.run(main)

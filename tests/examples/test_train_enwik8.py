@@ -1,0 +1,92 @@
+"""The text example: killed without warning and resumed, it ends in the same weights; then evaluated by a command."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import stf
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = pathlib.Path(stf.__file__).parent  # files that are surely there
+ENVIRONMENT = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+FLAGS = [
+    f"--path={TEXT}",
+    "--num_blocks=1",
+    "--batch_size=2",
+    "--steps=6",
+    "--epochs=3",
+    "--warmup_steps=2",
+    "--held_out_bytes=3000",
+    "--sample=5",
+]
+
+
+def train(run_dir, *flags):
+    return [sys.executable, ROOT / "examples" / "train_enwik8.py", f"--run_dir={run_dir}", *FLAGS, *flags]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that was left alone, and one that was killed after its first checkpoint and resumed; what both printed."""
+    folder = tmp_path_factory.mktemp("enwik8")
+    whole = subprocess.run(train(folder / "whole"), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    checkpoint = folder / "killed" / "checkpoint.keras"
+    process = subprocess.Popen(train(folder / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    resumed = subprocess.run(
+        train(folder / "killed", "--resume"), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    return folder, whole.stdout, resumed.stdout
+
+
+def test_a_killed_and_resumed_run_ends_in_the_same_weights(runs):
+    folder, whole, resumed = runs
+    assert "resuming" in resumed and "resuming" not in whole
+    models = [keras.saving.load_model(folder / name / "checkpoint.keras") for name in ("whole", "killed")]
+    for a, b in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(a, b)
+    last = [re.search(r"test bits per byte: ([\d.]+)", text).group(1) for text in (whole, resumed)]
+    assert last[0] == last[1]
+
+
+def test_last_lines_say_what_came_out_and_where(runs):
+    folder, whole, _ = runs
+    numbers = re.search(r"test bits per byte: ([\d.]+) .*order-0 entropy ([\d.]+), xz -9 ([\d.]+)", whole).groups()
+    assert all(0 < float(number) < 12 for number in numbers)
+    assert (folder / "whole" / "sample.txt").stat().st_size == 205
+    assert "TensorBoard: tensorboard --logdir=" in whole
+
+
+def test_evaluate_gives_one_line_of_json_and_every_bytes_loss(runs):
+    folder = runs[0]
+    command = [
+        sys.executable,
+        ROOT / "examples" / "evaluate.py",
+        f"--checkpoint={folder / 'whole' / 'checkpoint.keras'}",
+        "--data=text",
+        f"--path={TEXT}",
+        "--limit=2500",
+        f"--losses={folder / 'losses.npy'}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    losses = np.load(folder / "losses.npy")
+    assert result["bytes"] == len(losses) == 2500
+    assert result["bits_per_byte"] == pytest.approx(losses.mean() / np.log(2), rel=1e-5)
