@@ -46,10 +46,7 @@ def dataset(model):
     print(data.description)
     part = getattr(data, FLAGS.split)
     if isinstance(part, stf.data.Stream):
-        if FLAGS.limit:
-            ends = np.minimum(part.borders, FLAGS.limit)
-            part = stf.data.Stream(part.tokens[: FLAGS.limit], np.unique(ends))
-        return stf.data.windows(part, model.length, FLAGS.batch_size, FLAGS.context)
+        return stf.data.windows(part.head(FLAGS.limit), model.length, FLAGS.batch_size, FLAGS.context)
     if FLAGS.context:
         raise app.UsageError(f"--context is for text and audio. Received: --context={FLAGS.context}")
     return stf.data.batches(part[: FLAGS.limit or None], FLAGS.batch_size)

@@ -57,7 +57,7 @@ def main(_):
     data = stf.data.files.load_enwik8(FLAGS.path)
     print(data.description)
     length = stf.models.preset(FLAGS.preset)["length"]
-    validation, test = (stream.tokens[: FLAGS.held_out_bytes or None] for stream in (data.validation, data.test))
+    validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))
     model = stf.training.run(
         make_model,
         lambda done: stf.data.crops(data.train, length, FLAGS.batch_size, FLAGS.seed, skip=done),
@@ -69,14 +69,14 @@ def main(_):
     )
 
     found = stf.evaluation.evaluate(model, stf.data.windows(test, length, FLAGS.batch_size, context=length // 2))
-    prefix = test[None, : min(200, length // 2)]
+    prefix = test.tokens[None, : min(200, length // 2)]
     drawn = model.generate(prefix=prefix, length=min(length, prefix.shape[1] + FLAGS.sample), seed=FLAGS.seed)
     sample = pathlib.Path(FLAGS.run_dir) / "sample.txt"
     sample.write_bytes(drawn[0].astype("uint8").tobytes())
-    packed = 8 * len(lzma.compress(test.tobytes(), preset=9)) / len(test)
+    packed = 8 * len(lzma.compress(test.tokens.tobytes(), preset=9)) / found.tokens
     print(f"sample: {sample}")
     print(
-        f"test bits per byte: {found.bits:.3f} (the same {len(test):,} bytes: "
+        f"test bits per byte: {found.bits:.3f} (the same {found.tokens:,} bytes: "
         f"order-0 entropy {stf.data.order0_entropy(test):.3f}, xz -9 {packed:.3f})"
     )
     print(f"checkpoint: {pathlib.Path(FLAGS.run_dir) / 'checkpoint.keras'}")

@@ -34,6 +34,12 @@ class Stream(NamedTuple):
         pieces = [np.asarray(piece, np.uint8) for piece in pieces]
         return cls(np.concatenate([np.zeros(0, np.uint8), *pieces]), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
 
+    def head(self, count):
+        """The first `count` positions, borders kept; all where count is 0."""
+        if not count:
+            return self
+        return Stream(self.tokens[:count], np.unique(np.minimum(self.borders, count)))
+
 
 def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
     """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`, of whole examples.

@@ -7,7 +7,7 @@ import tensorflow as tf
 from stf.generation.decoder import Decoder
 
 
-def draw(logits, temperature, seed, top_k=None):
+def draw(logits, temperature, seed, top_k=None, top_p=None):
     """One token for each row of logits.
 
     Args:
@@ -15,6 +15,8 @@ def draw(logits, temperature, seed, top_k=None):
         temperature: divides the logits; 0 takes the likeliest token.
         seed: int32 `[2]`.
         top_k: draw from the k likeliest tokens only.
+        top_p: draw from the fewest likeliest tokens whose probabilities (after `temperature` and `top_k`) add up to
+            p or more.
 
     Returns:
         int32 `[batch]`.
@@ -25,16 +27,25 @@ def draw(logits, temperature, seed, top_k=None):
     if top_k is not None:
         least = tf.math.top_k(logits, top_k).values[:, -1:]
         logits = tf.where(logits < least, -float("inf"), logits)
+    if top_p is not None:
+        ordered = tf.sort(logits, direction="DESCENDING")
+        likelier = tf.cumsum(tf.nn.softmax(ordered), exclusive=True, axis=-1)  # than each, in all
+        least = tf.reduce_min(tf.where(likelier < top_p, ordered, float("inf")), -1, keepdims=True)
+        logits = tf.where(logits < least, -float("inf"), logits)
     return tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)[:, 0]
 
 
-def generate(model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1):
+def generate(
+    model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1, top_p=None
+):
     """Samples of a `SparseTransformer`; see its method of the same name."""
     length = model.length if length is None else length
     if temperature < 0:
         raise ValueError(f"temperature must not be negative. Received: temperature={temperature!r}")
     if top_k is not None and not 1 <= top_k <= model.vocab_size:
         raise ValueError(f"top_k must be from 1 to {model.vocab_size}. Received: top_k={top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1. Received: top_p={top_p!r}")
     prefix = np.zeros((batch_size, 0), np.int32) if prefix is None else np.asarray(prefix, np.int32)
     if prefix.ndim != 2 or prefix.shape[1] > length:
         raise ValueError(
@@ -53,7 +64,7 @@ def generate(model, batch_size=1, temperature=1.0, prefix=None, length=None, see
     for position in range(length):
         logits = decoder.step(tokens[:, position - 1], position)
         if position >= prefix.shape[1]:
-            tokens[:, position] = draw(logits, temperature, [seed, position], top_k)
+            tokens[:, position] = draw(logits, temperature, [seed, position], top_k, top_p)
         if bar:
             bar.update(position + 1)
     return tokens

@@ -201,6 +201,7 @@ class SparseTransformer(keras.Model):
         seed=None,
         top_k=None,
         verbose=1,
+        top_p=None,
     ):
         """Draws samples, or completes prefixes, one token after another, with caches.
 
@@ -212,13 +213,14 @@ class SparseTransformer(keras.Model):
             seed: of the draws; the same seed draws the same samples.
             top_k: draw from the k likeliest tokens only.
             verbose: 1 shows a progress bar.
+            top_p: draw from the fewest likeliest tokens whose probabilities add up to p or more.
 
         Returns:
             int32 NumPy array `[batch, length]`.
         """
         from stf.generation import generate
 
-        return generate(self, batch_size, temperature, prefix, length, seed, top_k, verbose)
+        return generate(self, batch_size, temperature, prefix, length, seed, top_k, verbose, top_p)
 
     def get_config(self):
         """The constructor's arguments."""

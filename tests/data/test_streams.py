@@ -34,6 +34,12 @@ def test_crops_go_on_where_they_were_and_shards_are_the_joint_batch():
     assert not np.array_equal(other, whole[0])
 
 
+def test_the_head_of_a_stream_keeps_its_borders():
+    stream = Stream.of([np.arange(5), np.arange(3), np.arange(9)])
+    assert list(stream.head(7).borders) == [0, 5, 7] and len(stream.head(7).tokens) == 7
+    assert stream.head(0) is stream and list(stream.head(8).borders) == [0, 5, 8]
+
+
 def test_shards_of_batches_are_the_joint_batch():
     sequences = np.arange(24, dtype=np.uint8).reshape(12, 2)
     whole = [tokens.numpy() for tokens, _ in batches(sequences, 4, seed=3).take(5)]

@@ -103,6 +103,15 @@ def test_samples_follow_the_models_distribution():
     assert statistic < 32.9  # 12 degrees of freedom: exceeded once in a thousand
 
 
+def test_top_p_draws_from_the_fewest_that_add_up():
+    logits = tf.math.log([[0.5, 0.2, 0.2, 0.1]])
+    for top_p, allowed in ((0.4, {0}), (0.5, {0}), (0.6, {0, 1, 2}), (0.91, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = {int(draw(logits, 1.0, [0, t], top_p=top_p)[0]) for t in range(80)}
+        assert drawn == allowed, top_p
+    logits = tf.math.log([[0.1, 0.4, 0.3, 0.2]])
+    assert {int(draw(logits, 1.0, [0, t], top_k=2, top_p=0.99)[0]) for t in range(80)} == {1, 2}
+
+
 def test_top_k_draws_from_the_likeliest_alone():
     logits = tf.random.stateless_normal([1, 50], [1, 2])
     likeliest = set(tf.math.top_k(logits, 3).indices.numpy()[0])
@@ -115,6 +124,7 @@ def test_top_k_draws_from_the_likeliest_alone():
     [
         (dict(temperature=-1), "temperature=-1"),
         (dict(top_k=0), "top_k=0"),
+        (dict(top_p=0.0), "top_p=0.0"),
         (dict(length=N + 1), f"length={N + 1}"),
         (dict(prefix=np.zeros((1, N + 1))), "prefix of shape"),
         (dict(prefix=np.full((1, 2), 13)), "tokens from 0 to 12"),

@@ -1,0 +1,78 @@
+"""The examples for recordings and for folders of images, and samples of what they trained, as a user runs them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMON = ["--num_blocks=1", "--batch_size=1", "--steps=2", "--epochs=1", "--warmup_steps=1"]
+
+
+def example(name, *flags):
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, flags)]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("audio")
+    time = np.arange(9000) / 12_000
+    for name, pitch in (("a", 220), ("b", 330), ("c", 440)):
+        soundfile.write(folder / f"{name}.flac", 0.5 * np.sin(2 * np.pi * pitch * time), 12_000)
+    run_dir = folder / "run"
+    said = example(
+        "train_audio", f"--path={folder}", f"--run_dir={run_dir}", "--sample=40", "--held_out_bytes=5000", *COMMON
+    )
+    return run_dir, said
+
+
+def test_audio_example(audio):
+    import soundfile
+
+    run_dir, said = audio
+    assert "test bits per byte: " in said and "order-0 entropy of the same 5,000 bytes" in said
+    wave, rate = soundfile.read(run_dir / "sample.wav")
+    assert len(wave) == 40 and rate == 12_000
+
+
+def test_generate_writes_recordings_that_begin_as_asked(audio):
+    from stf.data.audio import encode, read
+
+    run_dir, _ = audio
+    prefix = run_dir.parent / "a.flac"
+    output = run_dir / "more.wav"
+    said = example(
+        "generate",
+        f"--checkpoint={run_dir / 'checkpoint.keras'}",
+        f"--output={output}",
+        f"--prefix={prefix}",
+        "--prefix_length=30",
+        "--length=50",
+        "--count=2",
+        "--top_p=0.9",
+    )
+    assert said.count("written:") == 2
+    for index in range(2):
+        drawn = encode(read(run_dir / f"more_{index}.wav"))
+        assert len(drawn) == 50
+        assert np.abs(drawn[:30].astype(int) - encode(read(prefix))[:30]).max() <= 1
+
+
+def test_images_example(tmp_path):
+    import skimage.data
+
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(skimage.data, name)()).resize((80, 70)).save(tmp_path / f"{name}.png")
+    said = example("train_imagenet64", f"--folder={tmp_path}", f"--run_dir={tmp_path / 'run'}", "--samples=0", *COMMON)
+    assert "1 to train, 1 to validate, 1 to test" in said
+    assert "validation bits per dim: " in said and "(12,288 bytes)" in said
