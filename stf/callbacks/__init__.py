@@ -3,7 +3,8 @@
 from stf.callbacks import drawing
 from stf.callbacks.attention_maps import AttentionMaps
 from stf.callbacks.checkpoint import Checkpoint
+from stf.callbacks.non_finite import StopOnNonFinite, first_non_finite
 from stf.callbacks.progress import TrainingLog
 from stf.callbacks.samples import Samples
 
-__all__ = ["AttentionMaps", "Checkpoint", "Samples", "TrainingLog", "drawing"]
+__all__ = ["AttentionMaps", "Checkpoint", "Samples", "StopOnNonFinite", "TrainingLog", "drawing", "first_non_finite"]

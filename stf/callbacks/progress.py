@@ -37,6 +37,8 @@ class TrainingLog(keras.callbacks.Callback):
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         if hasattr(optimizer, "gradient_norm"):
             values["train/gradient_norm"] = optimizer.gradient_norm
+        if hasattr(self.model.optimizer, "skipped"):
+            values["train/skipped_steps"] = self.model.optimizer.skipped
         self._write(values)
 
     def on_epoch_end(self, epoch, logs=None):

@@ -37,18 +37,27 @@ def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.99
         **kwargs: further arguments of `keras.optimizers.AdamW`.
 
     Returns:
-        An `AdamW`; under the mixed_float16 policy inside a `LossScale`.
+        An `AdamW` inside a `LossScale`, which skips steps whose gradients are not finite; under other policies than
+        mixed_float16 its scale is 1, always.
     """
     inner = AdamW(learning_rate, weight_decay=weight_decay, global_clipnorm=global_clipnorm, beta_2=beta_2, **kwargs)
-    policy = keras.config.dtype_policy()
-    return LossScale(inner) if policy.name == "mixed_float16" else inner
+    if keras.config.dtype_policy().name == "mixed_float16":
+        return LossScale(inner)
+    return LossScale(inner, initial_scale=1.0, floor=1.0, dynamic_growth_steps=2**31 - 1)
+
+
+def steps_taken(optimizer):
+    """Batches that an optimizer has seen: updates, and steps that were skipped."""
+    return int(optimizer.iterations) + int(getattr(optimizer, "skipped", 0))
 
 
 @keras.saving.register_keras_serializable(package="stf")
 class LossScale(keras.optimizers.LossScaleOptimizer):
     """Dynamic loss scaling with a floor (Section 5.5; starting value and floor from the follow-up code).
 
-    Keras' own halves the scale at every non-finite gradient without end; this one stops at `floor`.
+    Keras' own halves the scale at every non-finite gradient without end; this one stops at `floor`. Steps whose
+    gradients are not finite are skipped, and counted in the variables `skipped` (of all steps) and
+    `skipped_in_a_row` (the last ones).
 
     Args:
         inner_optimizer: what takes the unscaled gradients.
@@ -72,10 +81,22 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
             raise ValueError(f"floor must be above 0 and at most initial_scale. Received: floor={floor!r}")
         self.floor = floor
 
-    def apply(self, grads, trainable_variables=None):
-        """Applies scaled gradients, or skips the step where one is not finite."""
-        super().apply(grads, trainable_variables)
-        self.dynamic_scale.assign(tf.maximum(tf.convert_to_tensor(self.dynamic_scale), self.floor))
+    def build(self, var_list):
+        """Makes the variables of the scale, the counters and the inner optimizer."""
+        for name in ("skipped", "skipped_in_a_row"):
+            counter = self.add_variable((), dtype="int", initializer="zeros", aggregation="none", name=name)
+            setattr(self, name, counter)
+        super().build(var_list)
+
+    def _stateful_handle_finite_grads(self, grads, trainable_variables):
+        super()._stateful_handle_finite_grads(grads, trainable_variables)
+        self.skipped_in_a_row.assign(0)
+
+    def _stateful_handle_non_finite_grads(self):
+        super()._stateful_handle_non_finite_grads()
+        self.dynamic_scale.assign(keras.ops.maximum(self.dynamic_scale, self.floor))
+        self.skipped.assign_add(1)
+        self.skipped_in_a_row.assign_add(1)
 
     def get_config(self):
         """The constructor's arguments."""

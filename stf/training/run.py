@@ -4,6 +4,8 @@ import pathlib
 
 import keras
 
+from stf.training.optimizer import steps_taken
+
 
 def run(make_model, train, validation, run_dir, steps, epochs, resume=False, callbacks=()):
     """Trains a model up to a step; each of `epochs` parts ends with validation and a checkpoint.
@@ -25,7 +27,7 @@ def run(make_model, train, validation, run_dir, steps, epochs, resume=False, cal
     Raises:
         ValueError: there are fewer steps than epochs.
     """
-    from stf.callbacks import Checkpoint, TrainingLog
+    from stf.callbacks import Checkpoint, StopOnNonFinite, TrainingLog
 
     if not 1 <= epochs <= steps:
         raise ValueError(f"epochs must be from 1 to steps. Received: epochs={epochs}, steps={steps}")
@@ -33,17 +35,17 @@ def run(make_model, train, validation, run_dir, steps, epochs, resume=False, cal
     checkpoint = run_dir / "checkpoint.keras"
     if resume and checkpoint.exists():
         model = keras.saving.load_model(checkpoint)
-        print(f"resuming {checkpoint} after step {int(model.optimizer.iterations)}")
+        print(f"resuming {checkpoint} after step {steps_taken(model.optimizer)}")
     else:
         model = make_model()
     print(f"{model.count_params():,} parameters, {steps:,} steps")
-    done, steps_per_epoch = int(model.optimizer.iterations), steps // epochs
+    done, steps_per_epoch = steps_taken(model.optimizer), steps // epochs
     model.fit(
         train(done),
         initial_epoch=done // steps_per_epoch,
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
         validation_data=validation,
-        callbacks=[TrainingLog(run_dir / "log"), Checkpoint(checkpoint), *callbacks],
+        callbacks=[TrainingLog(run_dir / "log"), Checkpoint(checkpoint), StopOnNonFinite(), *callbacks],
     )
     return model

@@ -127,3 +127,36 @@ def test_attention_maps_refuse_what_does_not_fit(arguments):
 def test_checkpoint_refuses_another_ending():
     with pytest.raises(ValueError, match="path"):
         stf.callbacks.Checkpoint("model.h5")
+
+
+def test_a_run_goes_on_after_a_few_broken_steps_and_ends_after_many():
+    patterns = [stf.patterns.Local(6)]
+
+    def broken_model(place):
+        made = stf.models.SparseTransformer(24, (4, 6), patterns, 2, 2, 8, vocab_size=16, seed=1)
+        made.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy())
+        weights = place(made)
+        weights.assign(np.full(weights.shape, np.nan))
+        return made
+
+    x = np.random.default_rng(0).integers(0, 16, (12, 24)).astype(np.int32)
+    cases = {
+        "embedding": lambda m: m.embedding.weights[0],
+        "block_1.attention": lambda m: m.blocks[1].attention.value_dense.kernel,
+        "block_0.feed_forward": lambda m: m.blocks[0].hidden_dense.kernel,
+        "logits": lambda m: m.logits.kernel,
+    }
+    for name, place in cases.items():
+        made = broken_model(place)
+        assert stf.callbacks.first_non_finite(made, x[:1]) == name
+    with pytest.raises(FloatingPointError, match=r"4 steps in a row .*\(limit=3\).* logits "):
+        made.fit(x, x, batch_size=2, verbose=0, callbacks=[stf.callbacks.StopOnNonFinite(limit=3, every=2)])
+    assert int(made.optimizer.skipped) == 4 and int(made.optimizer.iterations) == 0
+    made.fit(x, x, batch_size=2, verbose=0, callbacks=[stf.callbacks.StopOnNonFinite(limit=100, every=1)])
+    assert int(made.optimizer.skipped) == 10
+    with pytest.raises(ValueError, match="limit=0"):
+        stf.callbacks.StopOnNonFinite(limit=0)
+
+
+def test_nothing_is_named_where_all_is_finite(model):
+    assert stf.callbacks.first_non_finite(model, tokens(1)) is None

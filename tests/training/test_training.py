@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stf.training import AdamW, BitsPerDim, LossScale, WarmupCosine, cross_entropy, optimizer
+from stf.training import AdamW, BitsPerDim, LossScale, WarmupCosine, cross_entropy, optimizer, steps_taken
 
 
 def test_schedule_rises_linearly_and_falls_as_a_cosine():
@@ -33,10 +33,10 @@ def test_gradients_are_clipped_to_a_global_norm_of_1_and_the_norm_is_told():
     seen = []
     for size in (1.0, 100.0):
         weight = keras.Variable(np.zeros((2, 2)))
-        adam = optimizer(0.1, weight_decay=0.0, epsilon=1.0)  # so large an epsilon shows the gradient's size
-        adam.build([weight])
-        adam.apply([tf.fill([2, 2], size)], [weight])
-        seen.append((weight.numpy(), float(adam.gradient_norm)))
+        whole = optimizer(0.1, weight_decay=0.0, epsilon=1.0)  # so large an epsilon shows the gradient's size
+        whole.build([weight])
+        whole.apply([tf.fill([2, 2], size)], [weight])
+        seen.append((weight.numpy(), float(whole.inner_optimizer.gradient_norm)))
     np.testing.assert_allclose(seen[0][0], seen[1][0], rtol=1e-5)
     assert [norm for _, norm in seen] == pytest.approx([2.0, 200.0])
 
@@ -59,12 +59,36 @@ def test_loss_scale_stops_at_its_floor_and_recovers():
 
 
 def test_optimizer_scales_the_loss_under_mixed_float16_alone():
-    for policy, kind in (("float32", AdamW), ("mixed_bfloat16", AdamW), ("mixed_float16", LossScale)):
+    for policy, scale in (("float32", 1.0), ("mixed_bfloat16", 1.0), ("mixed_float16", 2.0**16)):
         keras.config.set_dtype_policy(policy)
         try:
-            assert type(optimizer(1e-3)) is kind
+            made = optimizer(1e-3)
+            assert isinstance(made, LossScale) and isinstance(made.inner_optimizer, AdamW)
+            assert made.initial_scale == scale
         finally:
             keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_steps_that_are_not_finite_are_skipped_and_counted(jit_compile):
+    weight = keras.Variable(np.ones(3, "float32"))
+    whole = optimizer(0.1)
+    whole.build([weight])
+    step = tf.function(lambda x: whole.apply([x], [weight]), jit_compile=jit_compile)
+    for gradient, moved, counts in (
+        (1.0, True, (0, 0)),
+        (np.nan, False, (1, 1)),
+        (-np.inf, False, (2, 2)),
+        (2.0, True, (2, 0)),
+        (np.inf, False, (3, 1)),
+    ):
+        before = weight.numpy()
+        step(tf.constant([0.5, gradient, 0.5], tf.float32))
+        assert np.isfinite(weight.numpy()).all()
+        assert np.array_equal(weight.numpy(), before) != moved
+        assert (int(whole.skipped), int(whole.skipped_in_a_row)) == counts
+    assert steps_taken(whole) == 5 and int(whole.iterations) == 2
+    assert float(whole.dynamic_scale) == 1.0
 
 
 def test_bits_per_dim_is_the_mean_over_all_tokens_of_all_batches():

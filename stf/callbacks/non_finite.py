@@ -1,0 +1,76 @@
+"""The end of a run that no longer computes numbers."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def first_non_finite(model, tokens):
+    """The name of the first part of a `SparseTransformer` whose output for `tokens` is not finite; None where all is.
+
+    Args:
+        model: a built `SparseTransformer`.
+        tokens: integers `[batch, position]`.
+    """
+
+    def broken(x):
+        return not bool(tf.reduce_all(tf.math.is_finite(tf.cast(x, tf.float32))))
+
+    x = model.embedding(tf.convert_to_tensor(tokens))
+    if broken(x):
+        return model.embedding.name
+    for block in model.blocks:
+        for part, call in (
+            ("attention", lambda x, block=block: block.attention(block.attention_norm(x))),
+            ("feed_forward", lambda x, block=block: block.feed_forward(block.feed_forward_norm(x))),
+        ):
+            added = call(x)
+            if broken(added):
+                return f"{block.name}.{part}"
+            x = x + tf.cast(added, x.dtype)
+        if broken(x):
+            return block.name
+    for layer in (model.final_norm, model.logits):
+        x = layer(x)
+        if broken(x):
+            return layer.name
+    return None
+
+
+class StopOnNonFinite(keras.callbacks.Callback):
+    """Ends training after so many steps in a row whose gradients were not finite; the run goes on after fewer.
+
+    For optimizers that count such steps (`stf.training.LossScale`); with others it does nothing.
+
+    Args:
+        limit: steps in a row. At the start, mixed_float16 may skip a few until its scale fits.
+        every: steps between two looks, since each waits for the device.
+
+    Raises:
+        FloatingPointError: names the part of the model whose output broke first, where it breaks still.
+    """
+
+    def __init__(self, limit=100, every=50):
+        super().__init__()
+        if limit < 1 or every < 1:
+            raise ValueError(f"limit and every must be at least 1. Received: limit={limit}, every={every}")
+        self.limit = limit
+        self.every = every
+        self._batches = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Looks every so many steps."""
+        self._batches += 1
+        if self._batches % self.every:
+            return
+        in_a_row = int(getattr(self.model.optimizer, "skipped_in_a_row", 0))
+        if in_a_row < self.limit:
+            return
+        where = ""
+        if hasattr(self.model, "blocks"):
+            name = first_non_finite(self.model, np.zeros([1, self.model.length], np.int32))
+            where = f" The output of {name} is the first that is not finite." if name else " Outputs are finite."
+        raise FloatingPointError(
+            f"The gradients of {in_a_row} steps in a row were not finite (limit={self.limit}); training ends.{where} "
+            "A lower learning rate, or bfloat16 for float16, may help; the last checkpoint is untouched."
+        )
