@@ -54,7 +54,8 @@ def dataset(model):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    model = keras.saving.load_model(FLAGS.checkpoint, compile=False)
+    model = keras.saving.load_model(FLAGS.checkpoint)
+    stf.training.use_average(model)
     if not FLAGS.keep_policy:
         model = stf.evaluation.in_float32(model)
     found = stf.evaluation.evaluate(model, dataset(model))

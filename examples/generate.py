@@ -57,7 +57,8 @@ def write(tokens, output, shape):
 
 
 def main(_):
-    model = keras.saving.load_model(FLAGS.checkpoint, compile=False)
+    model = keras.saving.load_model(FLAGS.checkpoint)
+    stf.training.use_average(model)
     output = pathlib.Path(FLAGS.output)
     if output.suffix == ".png" and (len(model.position_shape) != 3 or FLAGS.length):
         raise app.UsageError(f"a .png needs a model of images, and whole ones. Received: --output={output}")

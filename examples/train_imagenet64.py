@@ -28,6 +28,7 @@ flags.DEFINE_integer("steps", 400, "Steps of the whole run.")
 flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation and a checkpoint.")
 flags.DEFINE_float("learning_rate", 6e-3, "Peak of the learning rate.")
 flags.DEFINE_integer("warmup_steps", 50, "Steps until the peak.")
+flags.DEFINE_float("average", None, "Momentum of a moving average of the weights to evaluate with, such as 0.999.")
 flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfloat16 or mixed_float16.")
 flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA: takes minutes for a deep model.")
 flags.DEFINE_integer("held_out_images", 16, "Images of each validation, and of the final one; 0 takes all.")
@@ -43,7 +44,7 @@ def make_model():
     model = stf.models.SparseTransformer.from_preset(FLAGS.preset, seed=FLAGS.seed, **overrides)
     schedule = stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, FLAGS.warmup_steps)
     model.compile(
-        optimizer=stf.training.optimizer(schedule),
+        optimizer=stf.training.optimizer(schedule, average=FLAGS.average),
         loss=stf.training.cross_entropy(),
         metrics=[stf.training.BitsPerDim()],
         jit_compile=FLAGS.jit_compile,

@@ -3,8 +3,18 @@
 from stf.callbacks import drawing
 from stf.callbacks.attention_maps import AttentionMaps
 from stf.callbacks.checkpoint import Checkpoint
+from stf.callbacks.moving_average import MovingAverage
 from stf.callbacks.non_finite import StopOnNonFinite, first_non_finite
 from stf.callbacks.progress import TrainingLog
 from stf.callbacks.samples import Samples
 
-__all__ = ["AttentionMaps", "Checkpoint", "Samples", "StopOnNonFinite", "TrainingLog", "drawing", "first_non_finite"]
+__all__ = [
+    "AttentionMaps",
+    "Checkpoint",
+    "MovingAverage",
+    "Samples",
+    "StopOnNonFinite",
+    "TrainingLog",
+    "drawing",
+    "first_non_finite",
+]

@@ -1,8 +1,19 @@
 """The paper's recipe as Keras objects (Child et al. 2019, Section 6)."""
 
 from stf.training.losses import BitsPerDim, cross_entropy
-from stf.training.optimizer import AdamW, LossScale, optimizer, steps_taken
+from stf.training.optimizer import AdamW, LossScale, averages, optimizer, steps_taken, use_average
 from stf.training.run import run
 from stf.training.schedule import WarmupCosine
 
-__all__ = ["AdamW", "BitsPerDim", "LossScale", "WarmupCosine", "cross_entropy", "optimizer", "run", "steps_taken"]
+__all__ = [
+    "AdamW",
+    "BitsPerDim",
+    "LossScale",
+    "WarmupCosine",
+    "averages",
+    "cross_entropy",
+    "optimizer",
+    "run",
+    "steps_taken",
+    "use_average",
+]

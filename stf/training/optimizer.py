@@ -27,23 +27,44 @@ class AdamW(keras.optimizers.AdamW):
         return len(variable.shape) >= 2
 
 
-def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.999, **kwargs):
+def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.999, average=None, **kwargs):
     """Adam of the paper's recipe: decay 0.01, gradients clipped to a global norm of 1.
 
     Args:
         learning_rate: a number or a schedule, such as `WarmupCosine`.
         weight_decay, global_clipnorm: from the paper.
         beta_2: from the authors' follow-up code.
-        **kwargs: further arguments of `keras.optimizers.AdamW`.
+        average: momentum of a moving average of the weights, to evaluate and sample with (see `use_average` and
+            `stf.callbacks.MovingAverage`); 0.999 in the follow-up code. None keeps no average.
+        **kwargs: further arguments of `keras.optimizers.AdamW`, such as `gradient_accumulation_steps`.
 
     Returns:
         An `AdamW` inside a `LossScale`, which skips steps whose gradients are not finite; under other policies than
         mixed_float16 its scale is 1, always.
     """
+    if average is not None:
+        kwargs |= {"use_ema": True, "ema_momentum": average}
     inner = AdamW(learning_rate, weight_decay=weight_decay, global_clipnorm=global_clipnorm, beta_2=beta_2, **kwargs)
     if keras.config.dtype_policy().name == "mixed_float16":
         return LossScale(inner)
     return LossScale(inner, initial_scale=1.0, floor=1.0, dynamic_growth_steps=2**31 - 1)
+
+
+def averages(optimizer):
+    """Pairs of (weight, variable of its moving average) of an optimizer; none where it keeps none."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if not getattr(inner, "use_ema", False) or not inner.built:
+        return []
+    return list(zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True))
+
+
+def use_average(model):
+    """Makes the moving average of a model's weights its weights, where its optimizer keeps one.
+
+    For models loaded from a checkpoint. At the end of `fit` Keras does it itself.
+    """
+    for weight, average in averages(model.optimizer):
+        weight.assign(average)
 
 
 def steps_taken(optimizer):

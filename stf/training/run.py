@@ -22,12 +22,12 @@ def run(make_model, train, validation, run_dir, steps, epochs, resume=False, cal
         callbacks: more callbacks.
 
     Returns:
-        The trained model.
+        The trained model; where the optimizer keeps a moving average of the weights, with that.
 
     Raises:
         ValueError: there are fewer steps than epochs.
     """
-    from stf.callbacks import Checkpoint, StopOnNonFinite, TrainingLog
+    from stf.callbacks import Checkpoint, MovingAverage, StopOnNonFinite, TrainingLog
 
     if not 1 <= epochs <= steps:
         raise ValueError(f"epochs must be from 1 to steps. Received: epochs={epochs}, steps={steps}")
@@ -46,6 +46,12 @@ def run(make_model, train, validation, run_dir, steps, epochs, resume=False, cal
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
         validation_data=validation,
-        callbacks=[TrainingLog(run_dir / "log"), Checkpoint(checkpoint), StopOnNonFinite(), *callbacks],
+        callbacks=[
+            TrainingLog(run_dir / "log"),
+            Checkpoint(checkpoint),
+            MovingAverage(),
+            StopOnNonFinite(),
+            *callbacks,
+        ],
     )
     return model

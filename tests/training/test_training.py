@@ -5,7 +5,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stf.training import AdamW, BitsPerDim, LossScale, WarmupCosine, cross_entropy, optimizer, steps_taken
+from stf.callbacks import Checkpoint, MovingAverage
+from stf.models import SparseTransformer
+from stf.patterns import Local
+from stf.training import (
+    AdamW,
+    BitsPerDim,
+    LossScale,
+    WarmupCosine,
+    averages,
+    cross_entropy,
+    optimizer,
+    steps_taken,
+    use_average,
+)
 
 
 def test_schedule_rises_linearly_and_falls_as_a_cosine():
@@ -89,6 +102,61 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(jit_compile):
         assert (int(whole.skipped), int(whole.skipped_in_a_row)) == counts
     assert steps_taken(whole) == 5 and int(whole.iterations) == 2
     assert float(whole.dynamic_scale) == 1.0
+
+
+def small_model(**arguments):
+    model = SparseTransformer(24, (4, 6), [Local(6)], 1, 2, 8, vocab_size=16, seed=1)
+    model.compile(optimizer(1e-2, **arguments), cross_entropy(), metrics=[BitsPerDim()])
+    return model
+
+
+def test_validation_sees_the_average_and_training_does_not_notice(tmp_path):
+    x = np.random.default_rng(0).integers(0, 16, (8, 24)).astype(np.int32)
+    options = dict(batch_size=4, epochs=2, shuffle=False, verbose=0)
+    plain, averaged = small_model(average=0.9), small_model(average=0.9)
+    plain.fit(x, x, **options)
+    history = averaged.fit(x, x, validation_data=(x, x), callbacks=[MovingAverage()], **options).history
+    for a, b in zip(plain.get_weights(), averaged.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)  # the averages: Keras puts them there at the end of fit
+    # What validation saw last is what stands in the model now.
+    assert averaged.evaluate(x, x, verbose=0, return_dict=True)["loss"] == pytest.approx(
+        history["val_loss"][-1], rel=1e-5
+    )
+
+
+def test_average_is_the_weighted_mean_of_all_weights():
+    weight = keras.Variable(np.zeros(2, "float32"))
+    whole = optimizer(0.1, average=0.5, weight_decay=0.0)
+    whole.build([weight])
+    expected = None
+    for _ in range(4):
+        whole.apply([tf.constant([1.0, -2.0])], [weight])
+        expected = weight.numpy() if expected is None else 0.5 * expected + 0.5 * weight.numpy()
+    [(held, average)] = averages(whole)
+    assert held is weight
+    np.testing.assert_allclose(average, expected, rtol=1e-6)
+    assert averages(optimizer(0.1)) == []
+
+
+def test_a_loaded_model_can_use_its_average(tmp_path):
+    x = np.random.default_rng(0).integers(0, 16, (8, 24)).astype(np.int32)
+    model = small_model(average=0.9)
+    model.fit(x, x, batch_size=4, verbose=0, callbacks=[Checkpoint(tmp_path / "c.keras")])
+    loaded = keras.saving.load_model(tmp_path / "c.keras")
+    assert not np.array_equal(loaded.logits.kernel, model.logits.kernel)  # saved while training was under way
+    use_average(loaded)
+    for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_accumulate_over_steps():
+    """Two half batches are one whole batch."""
+    x = np.random.default_rng(0).integers(0, 16, (8, 24)).astype(np.int32)
+    whole, halves = small_model(), small_model(gradient_accumulation_steps=2)
+    whole.fit(x, x, batch_size=8, epochs=3, shuffle=False, verbose=0)
+    halves.fit(x, x, batch_size=4, epochs=3, shuffle=False, verbose=0)
+    for a, b in zip(whole.get_weights(), halves.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_bits_per_dim_is_the_mean_over_all_tokens_of_all_batches():

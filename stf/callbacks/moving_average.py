@@ -1,0 +1,30 @@
+"""Validation with averaged weights."""
+
+import keras
+
+from stf.training import averages
+
+
+class MovingAverage(keras.callbacks.Callback):
+    """Validates with the moving average of the weights that the optimizer keeps; without one it does nothing.
+
+    The weights themselves come back afterwards to the last bit (Keras' own SwapEMAWeights adds and subtracts), so that
+    training and checkpoints are as if there had been no validation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._kept = None
+
+    def on_test_begin(self, logs=None):
+        """Puts the averages in the weights' place."""
+        pairs = averages(self.model.optimizer)
+        self._kept = [keras.ops.copy(weight) for weight, _ in pairs]
+        for weight, average in pairs:
+            weight.assign(average)
+
+    def on_test_end(self, logs=None):
+        """Puts the weights back."""
+        for (weight, _), kept in zip(averages(self.model.optimizer), self._kept, strict=True):
+            weight.assign(kept)
+        self._kept = None
