@@ -139,23 +139,27 @@ class SparseResidualBlock(keras.layers.Layer):
         if lengths is None:
             lengths = lengths_of(mask)
         # Everything that changes from call to call is fixed here, outside what is recomputed.
-        seed = None
-        if training and self.seed_generator is not None:
-            seed = tf.cast(self.seed_generator.next(), tf.int32)
-        options = {} if lengths is None else {"lengths": lengths}
-
-        def residual(stream):
-            # The attention may have a dtype policy of its own.
-            a = tf.cast(self.attention(self.attention_norm(stream), **options), stream.dtype)
-            a = a if seed is None else stateless_dropout(a, self.dropout, seed)
-            stream = stream + a
-            b = self.feed_forward(self.feed_forward_norm(stream))
-            b = b if seed is None else stateless_dropout(b, self.dropout, seed + [1 << 30, 0])
-            return stream + b
-
+        seed = self.next_seed(training)
         if self.recompute and training:
-            return tf.recompute_grad(residual)(inputs)
-        return residual(inputs)
+            return tf.recompute_grad(lambda stream: self.residual(stream, lengths, seed))(inputs)
+        return self.residual(inputs, lengths, seed)
+
+    def next_seed(self, training=None):
+        """The seed of this call's dropout, int32 `[2]`; None where nothing is dropped."""
+        if not training or self.seed_generator is None:
+            return None
+        return tf.cast(self.seed_generator.next(), tf.int32)
+
+    def residual(self, stream, lengths=None, seed=None):
+        """The block without anything that a call changes: Eqs. 12-14, with dropout's masks drawn from `seed`."""
+        options = {} if lengths is None else {"lengths": lengths}
+        # The attention may have a dtype policy of its own.
+        a = tf.cast(self.attention(self.attention_norm(stream), **options), stream.dtype)
+        a = a if seed is None else stateless_dropout(a, self.dropout, seed)
+        stream = stream + a
+        b = self.feed_forward(self.feed_forward_norm(stream))
+        b = b if seed is None else stateless_dropout(b, self.dropout, seed + [1 << 30, 0])
+        return stream + b
 
     def feed_forward(self, inputs):
         """`W2 f(W1 x + b1) + b2` at each position (Eq. 14)."""

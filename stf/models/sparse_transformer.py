@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from stf import patterns as stf_patterns
 from stf.layers import SequenceEmbedding, SparseAttention, SparseResidualBlock, paper_initializer
+from stf.models.compiled_blocks import CompiledBlocks
 from stf.models.presets import preset
 
 
@@ -41,6 +42,8 @@ class SparseTransformer(keras.Model):
         vocab_size: number of tokens.
         init: how the paper's N(0, 0.125 / sqrt(fan_in)) is read, see `stf.layers.paper_initializer`.
         seed: of initialisation and dropout.
+        compile_blocks: whether XLA compiles the blocks, each kind of them once; None does so where there is a GPU.
+            (`compile(jit_compile=True)` compiles the whole step as one program: minutes for a deep model.)
 
     Call arguments:
         inputs: integer tokens `[batch, position]`.
@@ -65,6 +68,7 @@ class SparseTransformer(keras.Model):
         vocab_size=256,
         init="released",
         seed=None,
+        compile_blocks=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -96,6 +100,8 @@ class SparseTransformer(keras.Model):
         self.vocab_size = vocab_size
         self.init = init
         self.seed = seed
+        self.compile_blocks = compile_blocks
+        self._compiled_blocks = CompiledBlocks()
         policy = {"dtype": self.dtype_policy}
         self.embedding = SequenceEmbedding(
             vocab_size, model_dim, self.position_shape, reading=init, seed=seed, name="embedding", **policy
@@ -151,9 +157,20 @@ class SparseTransformer(keras.Model):
     def hidden(self, inputs, training=None):
         """The residual stream: the embedded input, then the output of each block, as a list."""
         found = [self.embedding(inputs)]
-        for block in self.blocks:
-            found.append(block(found[-1], training=training))
+        for index, block in enumerate(self.blocks):
+            if self.compiles_blocks:
+                pattern = self.patterns[index % len(self.patterns)]
+                found.append(self._compiled_blocks(pattern, block, found[-1], training))
+            else:
+                found.append(block(found[-1], training=training))
         return found
+
+    @property
+    def compiles_blocks(self):
+        """Whether XLA compiles the blocks: `compile_blocks`, or where that is None whether there is a GPU."""
+        if self.compile_blocks is None:
+            return bool(tf.config.list_physical_devices("GPU"))
+        return self.compile_blocks
 
     def attention_weights(self, tokens, positions, blocks=None):
         """What chosen queries attend to, block by block; nothing of size n x n is made.
@@ -225,6 +242,7 @@ class SparseTransformer(keras.Model):
     def get_config(self):
         """The constructor's arguments."""
         names = "length num_blocks num_heads model_dim key_dim value_dim ff_dim dropout recompute vocab_size init seed"
+        names += " compile_blocks"
         return super().get_config() | {
             **{name: getattr(self, name) for name in names.split()},
             "position_shape": list(self.position_shape),
