@@ -16,7 +16,7 @@ def make(compile_blocks, **arguments):
         length=24,
         position_shape=(6, 4),
         patterns=PATTERNS,
-        num_blocks=4,
+        num_blocks=2,
         num_heads=2,
         model_dim=16,
         vocab_size=11,
@@ -38,8 +38,10 @@ def gradients(model, x):
     return float(loss), tape.gradient(loss, model.trainable_weights)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "recompute"),
+    [("float32", False), ("float32", True), ("mixed_bfloat16", True), ("mixed_float16", False)],
+)
 def test_same_outputs_and_gradients_as_without(policy, recompute):
     options = dict(dtype=policy, recompute=recompute, dropout=0.3)
     plain, compiled = make(False, **options), make(True, **options)
@@ -57,7 +59,7 @@ def test_same_outputs_and_gradients_as_without(policy, recompute):
 
 
 def test_each_kind_of_block_is_traced_once_whatever_the_depth():
-    model = make(True, num_blocks=9, patterns=[*PATTERNS, PATTERNS[0]])
+    model = make(True, num_blocks=5, patterns=[*PATTERNS, PATTERNS[0]])
     model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy())
     x = tokens()
     model.fit(x, x, batch_size=2, verbose=0)
@@ -66,12 +68,11 @@ def test_each_kind_of_block_is_traced_once_whatever_the_depth():
     assert [f.experimental_get_tracing_count() for f in functions.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_fit_gives_the_same_losses(recompute):
+def test_fit_gives_the_same_losses():
     losses = []
     x = tokens()
     for compile_blocks in (False, True):
-        model = make(compile_blocks, recompute=recompute, dropout=0.1)
+        model = make(compile_blocks, recompute=True, dropout=0.1)
         model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy())
         losses.append(model.fit(x, x, batch_size=2, epochs=4, shuffle=False, verbose=0).history["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-4)
@@ -88,6 +89,7 @@ def test_saved_loaded_and_exported(tmp_path):
     np.testing.assert_allclose(restored.serve(x), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_step_may_be_compiled_around_it():
     model, x = make(True, dropout=0.1), tokens()
     model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy(), jit_compile=True)
