@@ -42,8 +42,8 @@ class SparseTransformer(keras.Model):
         vocab_size: number of tokens.
         init: how the paper's N(0, 0.125 / sqrt(fan_in)) is read, see `stf.layers.paper_initializer`.
         seed: of initialisation and dropout.
-        compile_blocks: whether XLA compiles the blocks, each kind of them once; None does so where there is a GPU.
-            (`compile(jit_compile=True)` compiles the whole step as one program: minutes for a deep model.)
+        compile_blocks: whether XLA compiles the blocks, each kind of them once. (`compile(jit_compile=True)` compiles
+            the whole step as one program, which takes minutes for a deep model.)
 
     Call arguments:
         inputs: integer tokens `[batch, position]`.
@@ -68,7 +68,7 @@ class SparseTransformer(keras.Model):
         vocab_size=256,
         init="released",
         seed=None,
-        compile_blocks=None,
+        compile_blocks=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -158,19 +158,12 @@ class SparseTransformer(keras.Model):
         """The residual stream: the embedded input, then the output of each block, as a list."""
         found = [self.embedding(inputs)]
         for index, block in enumerate(self.blocks):
-            if self.compiles_blocks:
+            if self.compile_blocks:
                 pattern = self.patterns[index % len(self.patterns)]
                 found.append(self._compiled_blocks(pattern, block, found[-1], training))
             else:
                 found.append(block(found[-1], training=training))
         return found
-
-    @property
-    def compiles_blocks(self):
-        """Whether XLA compiles the blocks: `compile_blocks`, or where that is None whether there is a GPU."""
-        if self.compile_blocks is None:
-            return bool(tf.config.list_physical_devices("GPU"))
-        return self.compile_blocks
 
     def attention_weights(self, tokens, positions, blocks=None):
         """What chosen queries attend to, block by block; nothing of size n x n is made.
