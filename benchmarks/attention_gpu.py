@@ -92,7 +92,7 @@ def inputs(shape, dtype):
 
 
 def ours(pattern, query, key, value, grad):
-    """(forward, forward and backward) calls, and the tensors that they write."""
+    """(forward, forward and backward) calls, the tensors that they write, and the bytes that both need beside."""
     attention = torch_binding.Attention(query, value, pattern)
     batch, n, heads, _ = query.shape
     output, grads = torch.empty_like(value), [torch.empty_like(x) for x in (query, key, value)]
@@ -105,7 +105,7 @@ def ours(pattern, query, key, value, grad):
         forward()
         attention.backward(query, key, value, output, log_sum_exp, grad, None, *grads)
 
-    return (forward, both), (output, log_sum_exp, *grads)
+    return (forward, both), (output, log_sum_exp, *grads), attention.workspace_bytes
 
 
 def check(pattern, arrays, results):
@@ -235,7 +235,7 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
     """Rows of ours and the peers."""
     batch, heads, n, key_depth, value_depth = shape
     arrays = inputs(shape, dtype)
-    calls, results = ours(pattern, *arrays)
+    calls, results, workspace = ours(pattern, *arrays)
     for x in results:
         x.fill_(torch.nan)
     calls[1]()
@@ -259,8 +259,7 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
 
     rows = []
     for index, which in enumerate(PASSES):
-        peak = 0 if index == 0 else batch * heads * n * 4
-        rows.append(row("stf", which, timer(calls[index]), peak))
+        rows.append(row("stf", which, timer(calls[index]), workspace if index else 0))
     for name, peer in peers(pattern, arrays, chosen):
         for index, which in enumerate(PASSES):
             try:
