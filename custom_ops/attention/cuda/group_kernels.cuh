@@ -27,7 +27,8 @@ struct GroupTiles {
 // Which of a map's two variants has a sequence of this launch.
 __device__ inline int Variant(const Maps& maps, int sequence) { return sequence < maps.longer ? 1 : 0; }
 
-// The filling warp of a launch by queries: own rows are the queries' (kValueDepthOwn: and the output gradients'), keys and values stream.
+// The filling warp of a launch by queries: own rows are the queries' (kGrads: and the output gradients'); keys and
+// values stream.
 template <typename Tile, int kKeyDepth, int kValueDepth, bool kGrads, bool kExtra>
 __device__ inline void FillByQuery(const Stream<Tile>& stream, const Arguments& args, const Launch& launch, const Maps& maps) {
   auto copy_own = [&](const Job& job, uint32_t tile, uint32_t full) {
