@@ -27,7 +27,7 @@ flags.DEFINE_float("learning_rate", 6e-3, "Peak of the learning rate.")
 flags.DEFINE_integer("warmup_steps", 50, "Steps until the peak.")
 flags.DEFINE_float("average", None, "Momentum of a moving average of the weights to evaluate with, such as 0.999.")
 flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfloat16 or mixed_float16.")
-flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA: takes minutes for a deep model.")
+flags.DEFINE_bool("jit_compile", None, "Compile the step with XLA; unless set, where there is a GPU.")
 flags.DEFINE_integer(
     "held_out_bytes", 50_000, "Samples of sound of each validation, and of the final test; 0 takes all."
 )
@@ -46,7 +46,7 @@ def make_model():
         optimizer=stf.training.optimizer(schedule, average=FLAGS.average),
         loss=stf.training.cross_entropy(),
         weighted_metrics=[stf.training.BitsPerDim("bits_per_byte")],
-        jit_compile=FLAGS.jit_compile,
+        jit_compile="auto" if FLAGS.jit_compile is None else FLAGS.jit_compile,
     )
     return model
 

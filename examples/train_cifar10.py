@@ -31,7 +31,7 @@ flags.DEFINE_float("learning_rate", 6e-3, "Peak of the learning rate.")
 flags.DEFINE_integer("warmup_steps", 50, "Steps until the peak.")
 flags.DEFINE_float("average", None, "Momentum of a moving average of the weights to evaluate with, such as 0.999.")
 flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfloat16 or mixed_float16.")
-flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA: takes minutes for a deep model.")
+flags.DEFINE_bool("jit_compile", None, "Compile the step with XLA; unless set, where there is a GPU.")
 flags.DEFINE_integer("validation_images", 64, "Images of each validation; 0 takes all.")
 flags.DEFINE_integer("test_images", 256, "Images of the final test; 0 takes all.")
 flags.DEFINE_integer("samples", 8, "Samples, and completions, drawn at the end.")
@@ -60,7 +60,7 @@ def make_model():
         optimizer=stf.training.optimizer(schedule, average=FLAGS.average),
         loss=stf.training.cross_entropy(),
         metrics=[stf.training.BitsPerDim()],
-        jit_compile=FLAGS.jit_compile,
+        jit_compile="auto" if FLAGS.jit_compile is None else FLAGS.jit_compile,
     )
     return model
 

@@ -8,14 +8,16 @@ callbacks when they are first used.
 
 import importlib
 
-from stf import patterns
+from stf import patterns, xla
 from stf.version import __version__
 
-from stf import ops, layers, training, models, generation  # isort: skip
+xla.set_flags()  # before anything is compiled
+
+from stf import ops, layers, training, models, generation  # noqa: E402 isort: skip
 
 _LATER = ("callbacks", "data", "evaluation")
 
-__all__ = ["__version__", "generation", "layers", "models", "ops", "patterns", "training", *_LATER]
+__all__ = ["__version__", "generation", "layers", "models", "ops", "patterns", "training", "xla", *_LATER]
 
 
 def __getattr__(name):

@@ -5,6 +5,7 @@
 namespace stf {
 
 constexpr char kForwardCall[] = "stf_attention", kGradientCall[] = "stf_attention_gradient";
+constexpr char kPackedForwardCall[] = "stf_packed_attention", kPackedGradientCall[] = "stf_packed_attention_gradient";
 
 }  // namespace stf
 

@@ -4,6 +4,7 @@
 
 #include "custom_ops/attention/problem.h"
 #include "custom_ops/tensorflow/attention_calls.h"
+#include "custom_ops/tensorflow/packed_tensors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla::ffi {
@@ -62,24 +63,63 @@ auto BindGradient() {
       .template Attr<float>("scale");
 }
 
+// Packed forward: query_key_value, lengths, layouts -> output, log_sum_exp, workspace.
+template <typename Context>
+auto BindPackedForward() {
+  return ffi::Ffi::Bind()
+      .Ctx<Context>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Attr<int64_t>("num_heads")
+      .template Attr<int64_t>("key_depth")
+      .template Attr<Components>("components")
+      .template Attr<ProgramBegin>("program_begin")
+      .template Attr<float>("scale");
+}
+
+// Packed gradient: query_key_value, lengths, layouts, output, log_sum_exp, output_grad -> query_key_value_grad, workspace.
+template <typename Context>
+auto BindPackedGradient() {
+  return ffi::Ffi::Bind()
+      .Ctx<Context>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Ret<AnyBuffer>()
+      .template Attr<int64_t>("num_heads")
+      .template Attr<int64_t>("key_depth")
+      .template Attr<Components>("components")
+      .template Attr<ProgramBegin>("program_begin")
+      .template Attr<float>("scale");
+}
+
 inline stf_tensor Strided(const AnyBuffer& buffer) {
   const auto sizes = buffer.dimensions();
   return {buffer.untyped_data(), sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3]};
 }
 
-// The call's problem. It points into the arguments.
-inline stf_problem Describe(const AnyBuffer& query, const AnyBuffer& value, const AnyBuffer& lengths, const AnyBuffer& layouts,
+// What a call's sizes and attributes describe. It points into the arguments.
+struct Sizes {
+  int64_t batch, positions, heads, key_depth, value_depth;
+};
+
+inline stf_problem Describe(const Sizes& sizes, ffi::DataType type, const AnyBuffer& lengths, const AnyBuffer& layouts,
                             Components components, ProgramBegin begin, float scale) {
   static_assert(sizeof(stf_component) == 6 * sizeof(int64_t), "a component is a record of six integers");
-  const auto sizes = query.dimensions();
-  const int32_t dtype = query.element_type() == ffi::DataType::F32    ? STF_FLOAT32
-                        : query.element_type() == ffi::DataType::BF16 ? STF_BFLOAT16
-                                                                      : STF_FLOAT16;
-  return {sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          value.dimensions()[3],
+  const int32_t dtype = type == ffi::DataType::F32 ? STF_FLOAT32 : type == ffi::DataType::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
+  return {sizes.batch,
+          sizes.positions,
+          sizes.heads,
+          sizes.key_depth,
+          sizes.value_depth,
           dtype,
           scale,
           static_cast<int32_t>(begin.size()) - 1,
@@ -87,6 +127,21 @@ inline stf_problem Describe(const AnyBuffer& query, const AnyBuffer& value, cons
           reinterpret_cast<const stf_component*>(components.begin()),
           static_cast<const uint8_t*>(layouts.untyped_data()),
           lengths.element_count() ? static_cast<const int32_t*>(lengths.untyped_data()) : nullptr};
+}
+
+inline Sizes SizesOf(const AnyBuffer& query, const AnyBuffer& value) {
+  const auto sizes = query.dimensions();
+  return {sizes[0], sizes[1], sizes[2], sizes[3], value.dimensions()[3]};
+}
+
+inline Sizes SizesOfPacked(const AnyBuffer& packed, int64_t heads, int64_t key_depth) {
+  const auto sizes = packed.dimensions();
+  return {sizes[0], sizes[1], heads, key_depth, sizes[2] / heads - 2 * key_depth};
+}
+
+// Query, key and value, or their gradients, side by side in a buffer's rows.
+inline void Unpack(const stf_problem& problem, const AnyBuffer& packed, stf_tensor tensors[3]) {
+  Unpack(problem, packed.untyped_data(), problem.dtype == STF_FLOAT32 ? 4 : 2, tensors);
 }
 
 }  // namespace stf

@@ -9,7 +9,6 @@
 namespace stf {
 namespace {
 
-using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
@@ -21,10 +20,10 @@ absl::Status Launched(int error) {
 
 // Reads and checks, for the GPU. Lengths lie in device memory, where nothing looks at them before the kernels do: those cut them to
 // 0 ... positions.
-template <typename T>
-class AttentionGpuBase : public AttentionBase<T> {
+template <typename T, bool kPacked>
+class AttentionGpuBase : public AttentionBase<T, kPacked> {
  public:
-  using AttentionBase<T>::AttentionBase;
+  using AttentionBase<T, kPacked>::AttentionBase;
 
  protected:
   absl::Status Prepare(OpKernelContext* context, stf_problem* problem) {
@@ -61,57 +60,59 @@ class AttentionGpuBase : public AttentionBase<T> {
   bool copied_ TF_GUARDED_BY(mutex_) = false;
 };
 
-template <typename T>
-class AttentionGpu : public AttentionGpuBase<T> {
+template <typename T, bool kPacked>
+class AttentionGpu : public AttentionGpuBase<T, kPacked> {
  public:
-  using AttentionGpuBase<T>::AttentionGpuBase;
+  using AttentionGpuBase<T, kPacked>::AttentionGpuBase;
 
   void Compute(OpKernelContext* context) override {
     stf_problem problem;
     OP_REQUIRES_OK(context, this->Prepare(context, &problem));
-    Tensor *output, *log_sum_exp, workspace;
-    OP_REQUIRES_OK(context, context->allocate_output(0, context->input(2).shape(), &output));
-    OP_REQUIRES_OK(context, context->allocate_output(1, TensorShape({problem.batch, problem.heads, problem.positions}), &log_sum_exp));
+    stf_tensor inputs[3], output;
+    float* log_sum_exp;
+    Tensor workspace;
+    this->Inputs(context, problem, inputs);
+    OP_REQUIRES_OK(context, this->Outputs(context, problem, &output, &log_sum_exp));
     OP_REQUIRES_OK(context, this->Workspace(context, stf_attention_cuda_forward_workspace(&problem), &workspace));
-    const stf_tensor query = Strided(context->input(0)), key = Strided(context->input(1)), value = Strided(context->input(2));
-    const stf_tensor out = Strided(*output);
-    OP_REQUIRES_OK(context, Launched(stf_attention_cuda_forward(&problem, &query, &key, &value, &out, log_sum_exp->flat<float>().data(),
+    OP_REQUIRES_OK(context, Launched(stf_attention_cuda_forward(&problem, &inputs[0], &inputs[1], &inputs[2], &output, log_sum_exp,
                                                                 workspace.data(), this->Stream(context))));
   }
 };
 
-template <typename T>
-class AttentionGradGpu : public AttentionGpuBase<T> {
+template <typename T, bool kPacked>
+class AttentionGradGpu : public AttentionGpuBase<T, kPacked> {
  public:
-  using AttentionGpuBase<T>::AttentionGpuBase;
+  using AttentionGpuBase<T, kPacked>::AttentionGpuBase;
 
   void Compute(OpKernelContext* context) override {
     stf_problem problem;
     OP_REQUIRES_OK(context, this->Prepare(context, &problem));
-    Tensor *grads[3], workspace;
-    stf_tensor inputs[3], outputs[3];
-    for (int i = 0; i < 3; i++) {
-      OP_REQUIRES_OK(context, context->allocate_output(i, context->input(i).shape(), &grads[i]));
-      inputs[i] = Strided(context->input(i));
-      outputs[i] = Strided(*grads[i]);
-    }
+    stf_tensor inputs[3], grads[3];
+    Tensor workspace;
+    this->Inputs(context, problem, inputs);
+    OP_REQUIRES_OK(context, this->Gradients(context, problem, grads));
     OP_REQUIRES_OK(context, this->Workspace(context, stf_attention_cuda_backward_workspace(&problem), &workspace));
-    const stf_tensor out = Strided(context->input(4)), out_grad = Strided(context->input(6));
-    OP_REQUIRES_OK(context, Launched(stf_attention_cuda_backward(&problem, &inputs[0], &inputs[1], &inputs[2], &out,
-                                                                 context->input(5).template flat<float>().data(), &out_grad,
-                                                                 context->input(7).template flat<float>().data(), &outputs[0], &outputs[1],
-                                                                 &outputs[2], workspace.data(), this->Stream(context))));
+    const stf_tensor output = Strided(context->input(this->kOutput)), output_grad = Strided(context->input(this->kOutput + 2));
+    const float* log_sum_exp = context->input(this->kOutput + 1).template flat<float>().data();
+    OP_REQUIRES_OK(context, Launched(stf_attention_cuda_backward(&problem, &inputs[0], &inputs[1], &inputs[2], &output, log_sum_exp,
+                                                                 &output_grad, this->StatisticGrad(context), &grads[0], &grads[1],
+                                                                 &grads[2], workspace.data(), this->Stream(context))));
   }
 };
 
-#define STF_REGISTER(T)                                                                                                 \
-  REGISTER_KERNEL_BUILDER(Name("StfAttention").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), AttentionGpu<T>); \
-  REGISTER_KERNEL_BUILDER(Name("StfAttentionGrad").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), AttentionGradGpu<T>)
+#define STF_REGISTER_KERNEL(name, T, ...) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), __VA_ARGS__)
+#define STF_REGISTER(T)                                                   \
+  STF_REGISTER_KERNEL("StfAttention", T, AttentionGpu<T, false>);         \
+  STF_REGISTER_KERNEL("StfAttentionGrad", T, AttentionGradGpu<T, false>); \
+  STF_REGISTER_KERNEL("StfPackedAttention", T, AttentionGpu<T, true>);    \
+  STF_REGISTER_KERNEL("StfPackedAttentionGrad", T, AttentionGradGpu<T, true>)
 
 STF_REGISTER(float);
 STF_REGISTER(tensorflow::bfloat16);
 STF_REGISTER(Eigen::half);
 #undef STF_REGISTER
+#undef STF_REGISTER_KERNEL
 
 }  // namespace
 }  // namespace stf

@@ -76,6 +76,43 @@ absl::Status GradientShapes(InferenceContext* c) {
   return absl::OkStatus();
 }
 
+// The packed tensor's shape, [batch, position, width], and those of the output and of the log-sum-exp.
+absl::Status InferPackedShapes(InferenceContext* c, ShapeHandle* packed, ShapeHandle* output, ShapeHandle* log_sum_exp) {
+  TF_RETURN_IF_ERROR(WithRank(c, 0, "query_key_value", "[batch, position, width]", 3, packed));
+  int64_t heads, key_depth;
+  TF_RETURN_IF_ERROR(c->GetAttr("num_heads", &heads));
+  TF_RETURN_IF_ERROR(c->GetAttr("key_depth", &key_depth));
+  DimensionHandle depth = c->UnknownDim();
+  if (const DimensionHandle width = c->Dim(*packed, 2); c->ValueKnown(width)) {
+    const int64_t values = c->Value(width) - 2 * heads * key_depth;
+    if (values < 0 || values % heads != 0)
+      return InvalidArgument("query_key_value must have a width of num_heads * (2 key_depth + value_depth) with num_heads=", heads,
+                             " and key_depth=", key_depth, ". Received: query_key_value=", c->DebugString(*packed));
+    depth = c->MakeDim(values / heads);
+  }
+  *output = c->MakeShape({c->Dim(*packed, 0), c->Dim(*packed, 1), c->MakeDim(heads), depth});
+  *log_sum_exp = c->MakeShape({c->Dim(*packed, 0), c->MakeDim(heads), c->Dim(*packed, 1)});
+  return absl::OkStatus();
+}
+
+absl::Status PackedForwardShapes(InferenceContext* c) {
+  ShapeHandle packed, output, log_sum_exp;
+  TF_RETURN_IF_ERROR(InferPackedShapes(c, &packed, &output, &log_sum_exp));
+  c->set_output(0, output);
+  c->set_output(1, log_sum_exp);
+  return absl::OkStatus();
+}
+
+absl::Status PackedGradientShapes(InferenceContext* c) {
+  ShapeHandle packed, output, log_sum_exp;
+  TF_RETURN_IF_ERROR(InferPackedShapes(c, &packed, &output, &log_sum_exp));
+  TF_RETURN_IF_ERROR(Agree(c, "output", c->input(2), output, &output));
+  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", c->input(3), log_sum_exp, &log_sum_exp));
+  TF_RETURN_IF_ERROR(Agree(c, "output_grad", c->input(4), output, &output));
+  c->set_output(0, packed);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 REGISTER_OP("StfAttention")
@@ -134,6 +171,49 @@ log_sum_exp_grad: gradient with respect to log_sum_exp.
 query_grad: gradient with respect to query.
 key_grad: gradient with respect to key.
 value_grad: gradient with respect to value.
+)doc");
+
+REGISTER_OP("StfPackedAttention")
+    .Input("query_key_value: T")
+    .Input("lengths: int32")
+    .Output("output: T")
+    .Output("log_sum_exp: float")
+    .Attr("T: {float, bfloat16, half}")
+    .Attr("num_heads: int >= 1")
+    .Attr("key_depth: int >= 1")
+    .Attr("components: list(int)")
+    .Attr("program_begin: list(int)")
+    .Attr("layouts: string")
+    .Attr("scale: float")
+    .SetShapeFn(PackedForwardShapes)
+    .Doc(R"doc(
+StfAttention of what one matrix product gave, which needs not be taken apart.
+
+query_key_value: [batch, position, num_heads * (2 key_depth + value_depth)]: queries of all heads, then keys, then values.
+)doc");
+
+REGISTER_OP("StfPackedAttentionGrad")
+    .Input("query_key_value: T")
+    .Input("lengths: int32")
+    .Input("output: T")
+    .Input("log_sum_exp: float")
+    .Input("output_grad: T")
+    .Output("query_key_value_grad: T")
+    .Attr("T: {float, bfloat16, half}")
+    .Attr("num_heads: int >= 1")
+    .Attr("key_depth: int >= 1")
+    .Attr("components: list(int)")
+    .Attr("program_begin: list(int)")
+    .Attr("layouts: string")
+    .Attr("scale: float")
+    .SetShapeFn(PackedGradientShapes)
+    .Doc(R"doc(
+Gradient of StfPackedAttention. Deterministic.
+
+output: of StfPackedAttention.
+log_sum_exp: of StfPackedAttention.
+output_grad: gradient with respect to output.
+query_key_value_grad: gradient with respect to query_key_value.
 )doc");
 
 }  // namespace stf

@@ -22,8 +22,12 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::XlaOpKernelContext;
 
 // Attributes as MLIR writes them, which is how custom calls take theirs.
-std::string Written(const Program& program) {
-  std::string text = "{components = array<i64";
+std::string Written(const Program& program, const Packing& packing) {
+  std::string text = "{";
+  if (packing.heads) {
+    text += "num_heads = " + std::to_string(packing.heads) + " : i64, key_depth = " + std::to_string(packing.key_depth) + " : i64, ";
+  }
+  text += "components = array<i64";
   const char* separator = ": ";
   for (const stf_component& c : program.components) {
     for (const int64_t x : {c.kind, c.a, c.b, c.c, c.d, c.exclude}) {
@@ -50,10 +54,13 @@ int64_t Workspace(const stf_problem& problem, bool gradient, bool gpu) {
   return 0;  // the CPU's kernels see to it themselves
 }
 
-template <bool kGradient, bool kGpu>
+template <bool kGradient, bool kPacked, bool kGpu>
 class AttentionXla : public tensorflow::XlaOpKernel {
  public:
-  explicit AttentionXla(OpKernelConstruction* context) : XlaOpKernel(context) { OP_REQUIRES_OK(context, program_.Init(context)); }
+  explicit AttentionXla(OpKernelConstruction* context) : XlaOpKernel(context) {
+    OP_REQUIRES_OK(context, program_.Init(context));
+    if (kPacked) OP_REQUIRES_OK(context, packing_.Init(context));
+  }
 
   void Compile(XlaOpKernelContext* context) override {
     std::vector<tensorflow::TensorShape> shapes;
@@ -66,6 +73,7 @@ class AttentionXla : public tensorflow::XlaOpKernel {
       OP_REQUIRES_OK(context, shape.status());
       operand_shapes.push_back(*shape);
     }
+    if (kPacked) OP_REQUIRES_OK(context, packing_.Unpack(&shapes));
     stf_problem problem;
     OP_REQUIRES_OK(context, Describe(program_, STF_FLOAT32, shapes, &problem));
     const xla::PrimitiveType type = operand_shapes[0].element_type();
@@ -74,33 +82,40 @@ class AttentionXla : public tensorflow::XlaOpKernel {
     if (kGpu) OP_REQUIRES_OK(context, CheckForGpu(problem));
 
     const absl::Span<const uint8_t> layouts(reinterpret_cast<const uint8_t*>(program_.layouts.data()), program_.layouts.size());
-    operands.insert(operands.begin() + 4, xla::ConstantR1<uint8_t>(context->builder(), layouts));
-    operand_shapes.insert(operand_shapes.begin() + 4, xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(layouts.size())}));
+    constexpr int kLayouts = kPacked ? 2 : 4;  // behind the lengths
+    operands.insert(operands.begin() + kLayouts, xla::ConstantR1<uint8_t>(context->builder(), layouts));
+    operand_shapes.insert(operand_shapes.begin() + kLayouts, xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(layouts.size())}));
 
     std::vector<xla::Shape> results;
     if (kGradient) {
-      results = {operand_shapes[0], operand_shapes[1], operand_shapes[2]};
+      results.assign(operand_shapes.begin(), operand_shapes.begin() + (kPacked ? 1 : 3));
     } else {
-      results = {operand_shapes[2], xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, problem.heads, problem.positions})};
+      results = {xla::ShapeUtil::MakeShape(type, {problem.batch, problem.positions, problem.heads, problem.value_depth}),
+                 xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, problem.heads, problem.positions})};
     }
     results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {Workspace(problem, kGradient, kGpu)}));
     for (xla::Shape& shape : operand_shapes) xla::LayoutUtil::SetToDefaultLayout(&shape);
     for (xla::Shape& shape : results) xla::LayoutUtil::SetToDefaultLayout(&shape);
-    const xla::XlaOp call =
-        xla::CustomCallWithLayout(context->builder(), kGradient ? kGradientCall : kForwardCall, operands,
-                                  xla::ShapeUtil::MakeTupleShape(results), operand_shapes, Written(program_), /*has_side_effect=*/false, {},
-                                  nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    const char* target = kPacked ? (kGradient ? kPackedGradientCall : kPackedForwardCall) : (kGradient ? kGradientCall : kForwardCall);
+    const xla::XlaOp call = xla::CustomCallWithLayout(
+        context->builder(), target, operands, xla::ShapeUtil::MakeTupleShape(results), operand_shapes, Written(program_, packing_),
+        /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (int i = 0; i < context->num_outputs(); i++) context->SetOutput(i, xla::GetTupleElement(call, i));
   }
 
  private:
   Program program_;
+  Packing packing_;
 };
 
-#define STF_TYPES {tensorflow::DT_FLOAT, tensorflow::DT_BFLOAT16, tensorflow::DT_HALF}
-#define STF_REGISTER(device, gpu)                                                                                          \
-  REGISTER_KERNEL_BUILDER(Name("StfAttention").Device(device).TypeConstraint("T", STF_TYPES), (AttentionXla<false, gpu>)); \
-  REGISTER_KERNEL_BUILDER(Name("StfAttentionGrad").Device(device).TypeConstraint("T", STF_TYPES), (AttentionXla<true, gpu>))
+#define STF_REGISTER_KERNEL(name, device, ...) \
+  REGISTER_KERNEL_BUILDER(                     \
+      Name(name).Device(device).TypeConstraint("T", {tensorflow::DT_FLOAT, tensorflow::DT_BFLOAT16, tensorflow::DT_HALF}), __VA_ARGS__)
+#define STF_REGISTER(device, gpu)                                                    \
+  STF_REGISTER_KERNEL("StfAttention", device, AttentionXla<false, false, gpu>);      \
+  STF_REGISTER_KERNEL("StfAttentionGrad", device, AttentionXla<true, false, gpu>);   \
+  STF_REGISTER_KERNEL("StfPackedAttention", device, AttentionXla<false, true, gpu>); \
+  STF_REGISTER_KERNEL("StfPackedAttentionGrad", device, AttentionXla<true, true, gpu>)
 
 STF_REGISTER("XLA_CPU_JIT", false);
 #if STF_CUDA

@@ -5,12 +5,13 @@ from stf.callbacks.attention_maps import AttentionMaps
 from stf.callbacks.checkpoint import Checkpoint
 from stf.callbacks.moving_average import MovingAverage
 from stf.callbacks.non_finite import StopOnNonFinite, first_non_finite
-from stf.callbacks.progress import TrainingLog
+from stf.callbacks.progress import FirstStep, TrainingLog
 from stf.callbacks.samples import Samples
 
 __all__ = [
     "AttentionMaps",
     "Checkpoint",
+    "FirstStep",
     "MovingAverage",
     "Samples",
     "StopOnNonFinite",

@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from stf.callbacks import drawing
+from stf.training import steps_taken
 
 
 class AttentionMaps(keras.callbacks.Callback):
@@ -45,8 +46,9 @@ class AttentionMaps(keras.callbacks.Callback):
 
     def figure(self):
         """The maps of the model as it is: uint8 `[height, width, 3]`."""
-        blocks = self.model.blocks
-        chosen = np.unique(np.linspace(0, len(blocks) - 1, min(self.most_layers, len(blocks))).astype(int))
+        stack = self.model.stack
+        count = min(self.most_layers, stack.num_blocks)
+        chosen = np.unique(np.linspace(0, stack.num_blocks - 1, count).astype(int))
         found = self.model.attention_weights(self.tokens[None], self.queries, blocks=chosen.tolist())
         pictures, titles = [], []
         for layer, heads in zip(chosen, found, strict=True):
@@ -54,9 +56,9 @@ class AttentionMaps(keras.callbacks.Callback):
                 for query, (keys, weights) in zip(self.queries, rows, strict=True):
                     pictures.append(drawing.attention_picture(keys, weights[0], query, self.image_shape))
                     row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
-                    name = _name(blocks[layer].attention.pattern, head)
+                    name = _name(stack.pattern(layer), head)
                     titles.append(f"layer {layer}, head {head}\n{name}\nrow {row}, column {column}")
-        columns = len(self.queries) * blocks[0].attention.num_heads
+        columns = len(self.queries) * stack.num_heads
         heading = "Attention weights of chosen pixels (framed); grey: not attended to, black: after the pixel"
         return drawing.panels(pictures, columns, titles, heading=heading)
 
@@ -64,14 +66,13 @@ class AttentionMaps(keras.callbacks.Callback):
         """What each distinct pattern connects: uint8 `[height, width, 3]`."""
         pictures, titles, seen = [], [], set()
         query, n = self.queries[len(self.queries) // 2], len(self.tokens)
-        for block in self.model.blocks:
-            attention = block.attention
-            for head in range(attention.num_heads):
-                pattern = attention.pattern.for_head(head)
+        for whole in self.model.patterns:
+            for head in range(self.model.num_heads):
+                pattern = whole.for_head(head)
                 if pattern in seen:
                     continue
                 seen.add(pattern)
-                name = _name(attention.pattern, head)
+                name = _name(whole, head)
                 pictures += [
                     drawing.reach_picture(pattern, head, query, self.image_shape),
                     drawing.connectivity_picture(pattern, head, n, self.image_shape[0] * 6),
@@ -82,11 +83,11 @@ class AttentionMaps(keras.callbacks.Callback):
     def write(self):
         """Writes both figures now."""
         writer = tf.summary.create_file_writer(self.log_dir)
-        with writer.as_default(step=int(self.model.optimizer.iterations)):
+        with writer.as_default(step=steps_taken(self.model.optimizer)):
             tf.summary.image("images/attention maps", self.figure()[None])
             tf.summary.image("images/connectivity", self.connectivity()[None])
         writer.close()
-        self._step = int(self.model.optimizer.iterations)
+        self._step = steps_taken(self.model.optimizer)
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes every so many epochs."""
@@ -95,7 +96,7 @@ class AttentionMaps(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Writes once more, unless it has just been done."""
-        if self._step != int(self.model.optimizer.iterations):
+        if self._step != steps_taken(self.model.optimizer):
             self.write()
 
 

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from stf.models import SparseTransformer
+
 
 def first_non_finite(model, tokens):
     """The name of the first part of a `SparseTransformer` whose output for `tokens` is not finite; None where all is.
@@ -19,17 +21,18 @@ def first_non_finite(model, tokens):
     x = model.embedding(tf.convert_to_tensor(tokens))
     if broken(x):
         return model.embedding.name
-    for block in model.blocks:
-        for part, call in (
-            ("attention", lambda x, block=block: block.attention(block.attention_norm(x))),
-            ("feed_forward", lambda x, block=block: block.feed_forward(block.feed_forward_norm(x))),
-        ):
-            added = call(x)
-            if broken(added):
-                return f"{block.name}.{part}"
-            x = x + tf.cast(added, x.dtype)
+    for index in range(model.num_blocks):
+        block = model.stack.block(index)
+        branch = block.combine(block.attend(block.query_key_value(x))[0])
+        if broken(branch):
+            return f"block_{index}.attention"
+        x = x + branch
+        branch = block.feed_forward_output(block.hidden(x))
+        if broken(branch):
+            return f"block_{index}.feed_forward"
+        x = x + branch
         if broken(x):
-            return block.name
+            return f"block_{index}"
     for layer in (model.final_norm, model.logits):
         x = layer(x)
         if broken(x):
@@ -40,7 +43,7 @@ def first_non_finite(model, tokens):
 class StopOnNonFinite(keras.callbacks.Callback):
     """Ends training after so many steps in a row whose gradients were not finite; the run goes on after fewer.
 
-    For optimizers that count such steps (`stf.training.LossScale`); with others it does nothing.
+    For optimizers that count such steps (`stf.training.AdamW`); with others it does nothing.
 
     Args:
         limit: steps in a row. At the start, mixed_float16 may skip a few until its scale fits.
@@ -58,16 +61,25 @@ class StopOnNonFinite(keras.callbacks.Callback):
         self.every = every
         self._batches = 0
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Looks every so many steps."""
+    def on_train_batch_begin(self, batch, logs=None):
+        """Looks every so many steps, at those before this one."""
         self._batches += 1
-        if self._batches % self.every:
+        if self._batches > 1 and (self._batches - 1) % self.every == 0:
+            self._look()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Looks at the epoch's last steps."""
+        self._look()
+
+    def _look(self):
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        if not hasattr(optimizer, "skipped_in_a_row"):
             return
-        in_a_row = int(getattr(self.model.optimizer, "skipped_in_a_row", 0))
+        in_a_row = int(tf.convert_to_tensor(optimizer.skipped_in_a_row))
         if in_a_row < self.limit:
             return
         where = ""
-        if hasattr(self.model, "blocks"):
+        if isinstance(self.model, SparseTransformer):
             name = first_non_finite(self.model, np.zeros([1, self.model.length], np.int32))
             where = f" The output of {name} is the first that is not finite." if name else " Outputs are finite."
         raise FloatingPointError(

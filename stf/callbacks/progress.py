@@ -1,11 +1,18 @@
-"""Scalars of a run for TensorBoard."""
+"""Scalars of a run for TensorBoard, and word of what a run is waiting for."""
+
+import time
 
 import keras
 import tensorflow as tf
 
+from stf.training import steps_taken
+
 
 class TrainingLog(keras.callbacks.Callback):
     """Writes bits per dim, learning rate and gradient norm during training, and validation after each epoch.
+
+    It looks when the next batch begins, and only where an entry is due: steps are dispatched ahead of the device in
+    between. The step of an entry is the number of batches that the optimizer has seen.
 
     Args:
         log_dir: TensorBoard's folder.
@@ -17,36 +24,71 @@ class TrainingLog(keras.callbacks.Callback):
         self.log_dir = str(log_dir)
         self.every = every
         self._writer = None
+        self._before = self._written = 0  # batches before this epoch; those at the last entry
 
     def on_train_begin(self, logs=None):
         """Opens the log."""
         self._writer = tf.summary.create_file_writer(self.log_dir)
+        self._written = steps_taken(self.model.optimizer)
 
-    def _write(self, values):
-        step = int(self.model.optimizer.iterations)
-        with self._writer.as_default(step=step):
-            for name, value in values.items():
-                tf.summary.scalar(name, float(value))
+    def on_epoch_begin(self, epoch, logs=None):
+        """Notes where the epoch begins."""
+        self._before = steps_taken(self.model.optimizer)
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Writes every so many steps."""
-        if int(self.model.optimizer.iterations) % self.every:
-            return
-        values = {f"train/{name}": value for name, value in (logs or {}).items()}
-        values["train/learning_rate"] = self.model.optimizer.learning_rate
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        if hasattr(optimizer, "gradient_norm"):
-            values["train/gradient_norm"] = optimizer.gradient_norm
-        if hasattr(self.model.optimizer, "skipped"):
-            values["train/skipped_steps"] = self.model.optimizer.skipped
-        self._write(values)
+    def on_train_batch_begin(self, batch, logs=None):
+        """Writes what the batches before have given, where they are as many as an entry takes."""
+        step = self._before + batch
+        if step // self.every > self._written // self.every:
+            self._write_training(step, self.model.get_metrics_result())
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes what validation gave."""
         logs = logs or {}
-        self._write({f"validation/{name[4:]}": value for name, value in logs.items() if name.startswith("val_")})
+        step = steps_taken(self.model.optimizer)
+        if step // self.every > self._written // self.every:
+            self._write_training(step, {name: value for name, value in logs.items() if not name.startswith("val_")})
+        self._write(step, {f"validation/{name[4:]}": logs[name] for name in logs if name.startswith("val_")})
         self._writer.flush()
 
     def on_train_end(self, logs=None):
         """Closes the log."""
         self._writer.close()
+
+    def _write_training(self, step, metrics):
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        values["train/learning_rate"] = self.model.optimizer.learning_rate
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        for name, attribute in (("gradient_norm", "gradient_norm"), ("skipped_steps", "skipped")):
+            if hasattr(optimizer, attribute):
+                values[f"train/{name}"] = getattr(optimizer, attribute)
+        self._write(step, values)
+        self._written = step
+
+    def _write(self, step, values):
+        with self._writer.as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, float(tf.convert_to_tensor(value)))
+
+
+class FirstStep(keras.callbacks.Callback):
+    """Says before the first step what it waits for, and after it how long that took."""
+
+    def __init__(self):
+        super().__init__()
+        self._begin = None
+        self._told = False
+
+    def on_train_begin(self, logs=None):
+        """Forgets an earlier run."""
+        self._begin, self._told = None, False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Before the first and before the second batch."""
+        if self._begin is None:
+            self._begin = time.perf_counter()
+            how = "compiled by XLA" if self.model.jit_compile else "traced"
+            print(f"waiting for the first step, which is {how} once for each shape of a batch ...", flush=True)
+        elif not self._told:
+            steps_taken(self.model.optimizer)  # waits for the device
+            self._told = True
+            print(f"the first step took {time.perf_counter() - self._begin:.1f} s", flush=True)

@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from stf.callbacks.drawing import grid
+from stf.training import steps_taken
 
 
 class Samples(keras.callbacks.Callback):
@@ -45,7 +46,7 @@ class Samples(keras.callbacks.Callback):
         All pictures share the group `images`, since TensorBoard unfolds only the first groups of its page.
         """
         writer = tf.summary.create_file_writer(self.log_dir)
-        with writer.as_default(step=int(self.model.optimizer.iterations)):
+        with writer.as_default(step=steps_taken(self.model.optimizer)):
             tf.summary.image(f"images/{name}", grid(images, columns)[None])
         writer.close()
 

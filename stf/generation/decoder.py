@@ -22,14 +22,14 @@ class Decoder:
             raise ValueError(f"length must be from 1 to the model's {model.length}. Received: length={length}")
         self.model = model
         self.length = length
+        self._blocks = [model.stack.block(index) for index in range(model.num_blocks)]
         self._caches = []
-        for _ in model.blocks:
+        for _ in self._blocks:
             shapes = [(model.num_heads, length, batch_size, d) for d in (model.key_dim, model.value_dim)]
             self._caches.append([tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes])
         distinct = {}
-        self._which = []  # for each block, which of the distinct patterns it has
-        for block in model.blocks:
-            self._which.append(distinct.setdefault(block.attention.pattern, len(distinct)))
+        # For each block, which of the distinct patterns it has.
+        self._which = [distinct.setdefault(block.pattern, len(distinct)) for block in self._blocks]
         self._patterns = list(distinct)
         heads = range(model.num_heads)
         self._most = [max(1, *(int(p.counts(length, h).max()) for h in heads)) for p in self._patterns]
@@ -49,26 +49,27 @@ class Decoder:
     def _run(self, token, position, tables):
         model = self.model
         x = model.embedding.step(token, position)
-        for block, cache, which in zip(model.blocks, self._caches, self._which, strict=True):
-            x += self._attend(block.attention, block.attention_norm(x), cache, position, tables[which])
-            x += block.feed_forward(block.feed_forward_norm(x))
-        return tf.cast(model.logits(model.final_norm(x)), tf.float32)[:, 0]
+        for block, cache, which in zip(self._blocks, self._caches, self._which, strict=True):
+            x += self._attend(block, x, cache, position, tables[which])
+            x += block.feed_forward_output(block.hidden(x))
+        return model.logits(tf.cast(model.final_norm(x), model.logits.compute_dtype))[:, 0]
 
     @staticmethod
-    def _attend(attention, x, cache, position, keys):
+    def _attend(block, x, cache, position, keys):
         """Attention of the query at `position`, whose key and value the cache takes first."""
-        query, key, value = (tf.cast(projected[:, 0], tf.float32) for projected in attention.project(x))
+        projected = block.split(block.query_key_value(x))
+        query, key, value = (tf.cast(part[:, 0], tf.float32) for part in projected)
         key_cache, value_cache = cache  # [head, position, batch, depth]
         key_cache[:, position].assign(tf.transpose(key, [1, 0, 2]))
         value_cache[:, position].assign(tf.transpose(value, [1, 0, 2]))
         index = tf.maximum(keys, 0)
         key = tf.gather(tf.convert_to_tensor(key_cache), index, axis=1, batch_dims=1)
         value = tf.gather(tf.convert_to_tensor(value_cache), index, axis=1, batch_dims=1)
-        scores = tf.einsum("bhd,hkbd->bhk", query, key) / attention.key_dim**0.5
+        scores = tf.einsum("bhd,hkbd->bhk", query, key) / block.key_dim**0.5
         valid = (keys >= 0)[None]
         weights = tf.where(valid, tf.nn.softmax(tf.where(valid, scores, -1e30)), 0)
         heads = tf.einsum("bhk,hkbd->bhd", weights, value)
-        return attention.combine(tf.cast(heads[:, None], attention.compute_dtype))
+        return block.combine(tf.cast(heads[:, None], x.dtype))
 
     def step(self, token, position):
         """Logits `[batch, vocab_size]` of the token at `position`.

@@ -14,6 +14,7 @@ from stf.layers.embeddings import SequenceEmbedding
 from stf.layers.fixed_attention import FixedAttention
 from stf.layers.initialization import paper_initializer
 from stf.layers.residual_block import SparseResidualBlock
+from stf.layers.residual_stack import SparseResidualStack
 from stf.layers.strided_attention import StridedAttention
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SequenceEmbedding",
     "SparseAttention",
     "SparseResidualBlock",
+    "SparseResidualStack",
     "StridedAttention",
     "paper_initializer",
 ]

@@ -6,6 +6,7 @@ import tensorflow as tf
 from stf import ops, patterns
 from stf.layers.initialization import seeded
 from stf.layers.padding import lengths_of
+from stf.layers.validation import positive
 from stf.ops.reference import pattern_mask, reference_weights
 
 
@@ -86,9 +87,9 @@ class SparseAttention(keras.layers.Layer):
     ):
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         self.supports_masking = True
-        self.num_heads = _positive("num_heads", num_heads)
-        self.key_dim = _positive("key_dim", key_dim)
-        self.value_dim = self.key_dim if value_dim is None else _positive("value_dim", value_dim)
+        self.num_heads = positive("num_heads", num_heads)
+        self.key_dim = positive("key_dim", key_dim)
+        self.value_dim = self.key_dim if value_dim is None else positive("value_dim", value_dim)
         self.pattern = patterns.get(pattern)
         self.pattern.check_heads(self.num_heads)
         self.use_bias = bool(use_bias)
@@ -201,17 +202,8 @@ class SparseAttention(keras.layers.Layer):
             For each head a list with, for each position, a pair `(keys, weights)`: NumPy int64
             `[keys]`, ascending, and float32 `[batch, keys]`, whose rows sum to 1.
         """
-        query, key, _ = (tf.cast(x, tf.float32) for x in self.project(inputs))
-        result = []
-        for head in range(self.num_heads):
-            of_head = []
-            for position in positions:
-                keys = self.pattern.keys(int(position), head)
-                scores = tf.einsum("bd,bkd->bk", query[:, position, head], tf.gather(key[:, :, head], keys, axis=1))
-                weights = tf.nn.softmax(scores / self.key_dim**0.5)
-                of_head.append((keys, weights.numpy()))
-            result.append(of_head)
-        return result
+        query, key, _ = self.project(inputs)
+        return weights_of_queries(query, key, self.pattern, positions)
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
         value_shape = query_shape if value_shape is None else value_shape
@@ -260,10 +252,24 @@ class SparseAttention(keras.layers.Layer):
         return config
 
 
-def _positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an int, 1 or more. Received: {name}={value!r}")
-    return value
+def weights_of_queries(query, key, pattern, positions):
+    """What chosen queries attend to; see `SparseAttention.attention_weights`.
+
+    Args:
+        query, key: `[batch, position, head, key_dim]`.
+        pattern: a `stf.patterns.Pattern`.
+        positions: the query positions, ints.
+    """
+    query, key = tf.cast(query, tf.float32), tf.cast(key, tf.float32)
+    result = []
+    for head in range(query.shape[2]):
+        of_head = []
+        for position in positions:
+            keys = pattern.keys(int(position), head)
+            scores = tf.einsum("bd,bkd->bk", query[:, position, head], tf.gather(key[:, :, head], keys, axis=1))
+            of_head.append((keys, tf.nn.softmax(scores / query.shape[-1] ** 0.5).numpy()))
+        result.append(of_head)
+    return result
 
 
 def _shape(output_shape):
@@ -272,4 +278,4 @@ def _shape(output_shape):
     shape = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
     if not 1 <= len(shape) <= 3:
         raise ValueError(f"`output_shape` must have one to three axes. Received: output_shape={output_shape!r}")
-    return tuple(_positive("output_shape", axis) for axis in shape)
+    return tuple(positive("output_shape", axis) for axis in shape)

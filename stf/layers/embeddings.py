@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from stf.layers.initialization import READINGS, paper_initializer
 
+MOST_ONE_HOT = 4096  # rows of a token table up to which its gradient is a matrix product
+
 
 @keras.saving.register_keras_serializable(package="stf")
 class SequenceEmbedding(keras.layers.Layer):
@@ -87,8 +89,7 @@ class SequenceEmbedding(keras.layers.Layer):
         batch = tf.shape(tokens)[0]
         start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.width])
         # Only what stays is looked up: the last token predicts nothing.
-        table = tf.cast(self.tokens, self.compute_dtype)
-        shifted = tf.gather(table, tf.cast(tokens[:, :-1], tf.int32)) + places
+        shifted = _look_up(tf.cast(self.tokens, self.compute_dtype), tf.cast(tokens[:, :-1], tf.int32)) + places
         # An empty sequence has no room for the start vector.
         return tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
 
@@ -144,3 +145,22 @@ class SequenceEmbedding(keras.layers.Layer):
             "reading": self.reading,
             "seed": self.seed,
         }
+
+
+@tf.custom_gradient
+def _look_up(table, tokens):
+    """Rows of a table `[token, width]`, whose gradient is dense and has the same bits every time.
+
+    A gather's own gradient is a list of rows in which tokens repeat: norms of it are not those of the gradient, and a
+    GPU adds it up in any order. A matrix product with one-hot rows adds in one order; tables too long for that sum up
+    segments.
+    """
+
+    def gradient(upstream):
+        rows, width = table.shape
+        tokens_flat, upstream = tf.reshape(tokens, [-1]), tf.reshape(upstream, [-1, width])
+        if rows > MOST_ONE_HOT:
+            return tf.math.unsorted_segment_sum(upstream, tokens_flat, rows), None
+        return tf.matmul(tf.one_hot(tokens_flat, rows, dtype=upstream.dtype), upstream, transpose_a=True), None
+
+    return tf.gather(table, tokens), gradient

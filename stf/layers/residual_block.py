@@ -3,28 +3,14 @@
 import keras
 import tensorflow as tf
 
+from stf.layers.block import residual_add, sigmoid_gelu
+from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
 from stf.layers.padding import lengths_of
 
 
 @keras.saving.register_keras_serializable(package="stf")
-def sigmoid_gelu(x):
-    """`x * sigmoid(1.702 x)` (Section 5.2 of Child et al. 2019); its gradient stores `x` alone."""
-    return tf.nn.silu(x, beta=1.702)
-
-
-def stateless_dropout(x, rate, seed):
-    """Dropout whose mask depends on `seed` alone (int `[2]`), so that a recompute draws it again.
-
-    The mask comes from whole random words, which are the same with and without XLA (its floats are not).
-    """
-    words = tf.random.stateless_uniform(tf.shape(x), seed, None, None, tf.uint32, alg="philox")
-    keep = words >= tf.constant(round(rate * 2**32), tf.uint32)
-    return tf.where(keep, x * tf.cast(1.0 / (1.0 - rate), x.dtype), tf.zeros([], x.dtype))
-
-
-@keras.saving.register_keras_serializable(package="stf")
-class SparseResidualBlock(keras.layers.Layer):
+class SparseResidualBlock(SavedSeed, keras.layers.Layer):
     """Attention and feed-forward on a pre-activation residual stream (Child et al. 2019, Eqs. 12-14).
 
     `a = dropout(attention(norm(H)))`, `b = dropout(ff(norm(H + a)))`, and the output is `H + a + b`,
@@ -155,11 +141,8 @@ class SparseResidualBlock(keras.layers.Layer):
         options = {} if lengths is None else {"lengths": lengths}
         # The attention may have a dtype policy of its own.
         a = tf.cast(self.attention(self.attention_norm(stream), **options), stream.dtype)
-        a = a if seed is None else stateless_dropout(a, self.dropout, seed)
-        stream = stream + a
-        b = self.feed_forward(self.feed_forward_norm(stream))
-        b = b if seed is None else stateless_dropout(b, self.dropout, seed + [1 << 30, 0])
-        return stream + b
+        stream = residual_add(stream, a, self.dropout, seed, 0)
+        return residual_add(stream, self.feed_forward(self.feed_forward_norm(stream)), self.dropout, seed, 1)
 
     def feed_forward(self, inputs):
         """`W2 f(W1 x + b1) + b2` at each position (Eq. 14)."""

@@ -6,8 +6,10 @@ import keras
 import tensorflow as tf
 
 from stf import patterns as stf_patterns
-from stf.layers import SequenceEmbedding, SparseAttention, SparseResidualBlock, paper_initializer
-from stf.models.compiled_blocks import CompiledBlocks
+from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
+from stf.layers.attention import weights_of_queries
+from stf.layers.initialization import READINGS
+from stf.layers.validation import positive
 from stf.models.presets import preset
 
 
@@ -38,18 +40,20 @@ class SparseTransformer(keras.Model):
         value_dim: depth of a head's values; `model_dim / num_heads` unless given.
         ff_dim: width of the feed-forward's hidden layer; `4 model_dim` unless given.
         dropout: rate at the residual additions.
-        recompute: keep one residual a block and compute the rest again in the backward pass.
+        recompute: what the backward pass computes again: True all of a block (Section 5.4), "attention" all but the
+            attention, False nothing. See `stf.layers.SparseResidualStack`.
         vocab_size: number of tokens.
         init: how the paper's N(0, 0.125 / sqrt(fan_in)) is read, see `stf.layers.paper_initializer`.
         seed: of initialisation and dropout.
-        compile_blocks: whether XLA compiles the blocks, each kind of them once. (`compile(jit_compile=True)` compiles
-            the whole step as one program, which takes minutes for a deep model.)
 
     Call arguments:
-        inputs: integer tokens `[batch, position]`.
+        inputs: integer tokens `[batch, position]`, below `vocab_size`.
 
     Returns:
-        Logits `[batch, position, vocab_size]`, float32.
+        Logits `[batch, position, vocab_size]`, float32 (float64 under that policy).
+
+    Raises:
+        ValueError: for arguments that do not fit, tokens that are not integers, and sequences longer than `length`.
     """
 
     def __init__(
@@ -68,13 +72,16 @@ class SparseTransformer(keras.Model):
         vocab_size=256,
         init="released",
         seed=None,
-        compile_blocks=False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        for name, number in (("length", length), ("num_blocks", num_blocks), ("model_dim", model_dim)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1. Received: {name}={number!r}")
+        super().__init__(**{"autocast": False} | kwargs)  # of inputs: tokens are no numbers to cast
+        sizes = {"length": length, "num_blocks": num_blocks, "num_heads": num_heads, "model_dim": model_dim}
+        optional = {"key_dim": key_dim, "value_dim": value_dim, "ff_dim": ff_dim}
+        for name, size in (sizes | {k: v for k, v in optional.items() if v is not None}).items():
+            positive(name, size)
+        positive("vocab_size", vocab_size)
+        if init not in READINGS:
+            raise ValueError(f"init must be one of {READINGS}. Received: init={init!r}")
         if math.prod(position_shape) < length:
             raise ValueError(
                 f"position_shape must cover length={length} positions. Received: position_shape={position_shape!r}"
@@ -92,25 +99,41 @@ class SparseTransformer(keras.Model):
         self.num_blocks = num_blocks
         self.num_heads = num_heads
         self.model_dim = model_dim
-        self.key_dim = key_dim or model_dim // num_heads
-        self.value_dim = value_dim or model_dim // num_heads
-        self.ff_dim = ff_dim or 4 * model_dim
+        self.key_dim = model_dim // num_heads if key_dim is None else key_dim
+        self.value_dim = model_dim // num_heads if value_dim is None else value_dim
+        self.ff_dim = 4 * model_dim if ff_dim is None else ff_dim
         self.dropout = dropout
         self.recompute = recompute
         self.vocab_size = vocab_size
         self.init = init
         self.seed = seed
-        self.compile_blocks = compile_blocks
-        self._compiled_blocks = CompiledBlocks()
         policy = {"dtype": self.dtype_policy}
         self.embedding = SequenceEmbedding(
             vocab_size, model_dim, self.position_shape, reading=init, seed=seed, name="embedding", **policy
         )
-        self.blocks = [self._block(index, policy) for index in range(num_blocks)]
+        # W2 and W_p are scaled by 1 / sqrt(2 N) (Section 6), so that the residual stream begins at unit size.
+        residual = (2 * num_blocks) ** -0.5
+        self.stack = SparseResidualStack(
+            num_blocks,
+            self.patterns,
+            num_heads,
+            self.key_dim,
+            self.value_dim,
+            self.ff_dim,
+            dropout,
+            recompute,
+            kernel_initializer=paper_initializer(model_dim, reading=init),
+            attention_output_initializer=paper_initializer(num_heads * self.value_dim, residual, init),
+            output_initializer=paper_initializer(self.ff_dim, residual, init),
+            seed=seed,
+            name="blocks",
+            **policy,
+        )
         self.final_norm = keras.layers.LayerNormalization(epsilon=1e-5, name="final_norm", **policy)
-        # W_out begins at 0 (Section 6): the first loss is that of the uniform distribution.
+        # W_out begins at 0 (Section 6): the first loss is that of the uniform distribution. Logits are float32 under
+        # every policy: bfloat16's steps at their usual size, 0.03, would show in the bits.
         self.logits = keras.layers.Dense(
-            vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", **policy
+            vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", dtype=self.variable_dtype
         )
         self.build((None, length))
 
@@ -119,51 +142,44 @@ class SparseTransformer(keras.Model):
         """The model of a name in `stf.models.PRESETS`, with any argument set otherwise."""
         return cls(**(preset(name) | overrides))
 
-    def _block(self, index, policy):
-        # W2 and W_p are scaled by 1 / sqrt(2 N) (Section 6), so that the residual stream begins at unit size.
-        residual = (2 * self.num_blocks) ** -0.5
-        seed = None if self.seed is None else self.seed + 1_000_003 * (index + 1)
-        attention = SparseAttention(
-            self.num_heads,
-            self.key_dim,
-            self.patterns[index % len(self.patterns)],
-            value_dim=self.value_dim,
-            kernel_initializer=paper_initializer(self.model_dim, reading=self.init),
-            output_initializer=paper_initializer(self.num_heads * self.value_dim, residual, self.init),
-            seed=seed,
-            name="attention",
-            **policy,
-        )
-        return SparseResidualBlock(
-            attention,
-            ff_dim=self.ff_dim,
-            dropout=self.dropout,
-            recompute=self.recompute,
-            kernel_initializer=paper_initializer(self.model_dim, reading=self.init),
-            output_initializer=paper_initializer(self.ff_dim, residual, self.init),
-            seed=None if seed is None else seed + 500_001,
-            name=f"block_{index}",
-            **policy,
-        )
+    @property
+    def input_dtype(self):
+        """Of tokens, for signatures that Keras makes."""
+        return "int32"
 
     def build(self, input_shape):
         """Makes all weights, for `[batch, position]` inputs."""
         hidden = (*input_shape, self.model_dim)
         self.embedding.build(input_shape)
-        for layer in (*self.blocks, self.final_norm, self.logits):
+        for layer in (self.stack, self.final_norm, self.logits):
             layer.build(hidden)
         self.built = True
 
-    def hidden(self, inputs, training=None):
-        """The residual stream: the embedded input, then the output of each block, as a list."""
-        found = [self.embedding(inputs)]
-        for index, block in enumerate(self.blocks):
-            if self.compile_blocks:
-                pattern = self.patterns[index % len(self.patterns)]
-                found.append(self._compiled_blocks(pattern, block, found[-1], training))
-            else:
-                found.append(block(found[-1], training=training))
-        return found
+    def compile(self, optimizer="rmsprop", *args, auto_scale_loss=True, **kwargs):
+        """Keras' `compile`; a mixed_float16 model's optimizer is put into a `stf.training.LossScale`."""
+        optimizer = keras.optimizers.get(optimizer)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if auto_scale_loss and self.dtype_policy.name == "mixed_float16" and not scaled and optimizer is not None:
+            from stf.training import LossScale
+
+            optimizer = LossScale(optimizer)
+        super().compile(optimizer, *args, auto_scale_loss=auto_scale_loss, **kwargs)
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def get_compile_config(self):
+        """What `compile` was called with."""
+        return super().get_compile_config()
+
+    def compile_from_config(self, config):
+        """Compiles a loaded model as it was."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """Keras' `export`, whose signature is int32 tokens `[batch, position]` unless given."""
+        if input_signature is None:
+            input_signature = [keras.InputSpec(shape=(None, None), dtype="int32")]
+        return super().export(filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
 
     def attention_weights(self, tokens, positions, blocks=None):
         """What chosen queries attend to, block by block; nothing of size n x n is made.
@@ -180,27 +196,35 @@ class SparseTransformer(keras.Model):
             For each block what `SparseAttention.attention_weights` gives: for each head, for each position,
             keys and weights.
         """
-        hidden = self.hidden(tf.convert_to_tensor(tokens))
-        blocks = range(self.num_blocks) if blocks is None else blocks
-        return [
-            self.blocks[k].attention.attention_weights(self.blocks[k].attention_norm(hidden[k]), positions)
-            for k in blocks
-        ]
+        blocks = list(range(self.num_blocks)) if blocks is None else list(blocks)
+        found = {}
+        for index, stream in enumerate(self.stack.hidden(self.embedding(tf.convert_to_tensor(tokens)))):
+            if index in blocks:
+                block = self.stack.block(index)
+                query, key, _ = block.split(block.query_key_value(stream))
+                found[index] = weights_of_queries(query, key, self.stack.pattern(index), positions)
+            if len(found) == len(set(blocks)):
+                break
+        return [found[index] for index in blocks]
 
     def call(self, inputs, training=None):
         """Logits; see the class."""
+        if not tf.as_dtype(inputs.dtype).is_integer:
+            raise ValueError(
+                f"inputs must be integer tokens. Received: inputs of dtype {tf.as_dtype(inputs.dtype).name}"
+            )
         if inputs.shape[1] is not None and inputs.shape[1] > self.length:
             raise ValueError(
                 f"inputs must have at most length={self.length} positions. Received: inputs of shape {inputs.shape}"
             )
-        x = self.hidden(inputs, training=training)[-1]
-        return tf.cast(self.logits(self.final_norm(x)), tf.float32)
+        x = self.stack(self.embedding(inputs), training=training)
+        return self.logits(tf.cast(self.final_norm(x), self.logits.compute_dtype))
 
     def compute_output_spec(self, inputs, training=None):
         """Shape and dtype of the logits, for symbolic calls."""
         if not self.built:
             self.build(inputs.shape)
-        return keras.KerasTensor((*inputs.shape, self.vocab_size), "float32")
+        return keras.KerasTensor((*inputs.shape, self.vocab_size), self.logits.compute_dtype)
 
     def generate(
         self,
@@ -234,12 +258,21 @@ class SparseTransformer(keras.Model):
 
     def get_config(self):
         """The constructor's arguments."""
-        names = "length num_blocks num_heads model_dim key_dim value_dim ff_dim dropout recompute vocab_size init seed"
-        names += " compile_blocks"
         return super().get_config() | {
-            **{name: getattr(self, name) for name in names.split()},
+            "length": self.length,
             "position_shape": list(self.position_shape),
             "patterns": [stf_patterns.serialize(pattern) for pattern in self.patterns],
+            "num_blocks": self.num_blocks,
+            "num_heads": self.num_heads,
+            "model_dim": self.model_dim,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "ff_dim": self.ff_dim,
+            "dropout": self.dropout,
+            "recompute": self.recompute,
+            "vocab_size": self.vocab_size,
+            "init": self.init,
+            "seed": self.seed,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
         }
 

@@ -2,6 +2,7 @@
 
 from stf.ops.attention import attention
 from stf.ops.library import LibraryNotFoundError, is_available, library_path
+from stf.ops.packed_attention import packed_attention, packed_attention_gradient
 from stf.ops.reference import reference_attention
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "attention",
     "is_available",
     "library_path",
+    "packed_attention",
+    "packed_attention_gradient",
     "reference_attention",
 ]
 

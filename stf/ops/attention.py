@@ -59,20 +59,26 @@ def attention(
     query, key, value = check_tensors(query, key, value, pattern, DTYPES)
     lengths = check_lengths(lengths, query)
     scale = check_scale(scale, query)
-    heads = query.shape[2]
-    program = _lower(pattern, heads) if heads else Program([], [0], b"")
     output, log_sum_exp = library.load().stf_attention(
         query=query,
         key=key,
         value=value,
         lengths=tf.zeros([0], tf.int32) if lengths is None else lengths,
-        components=list(program.components),
-        program_begin=list(program.program_begin),
-        layouts=program.layouts,
         scale=scale,
         name=name,
+        **program_attributes(pattern, query.shape[2]),
     )
     return (output, log_sum_exp) if return_log_sum_exp else output
+
+
+def program_attributes(pattern, heads):
+    """The attributes by which both ops know a pattern."""
+    program = _lower(pattern, heads) if heads else Program([], [0], b"")
+    return {
+        "components": list(program.components),
+        "program_begin": list(program.program_begin),
+        "layouts": program.layouts,
+    }
 
 
 @tf.RegisterGradient("StfAttention")

@@ -1,7 +1,8 @@
 """The paper's recipe as Keras objects (Child et al. 2019, Section 6)."""
 
+from stf.training.loss_scale import LossScale
 from stf.training.losses import BitsPerDim, cross_entropy
-from stf.training.optimizer import AdamW, LossScale, averages, optimizer, steps_taken, use_average
+from stf.training.optimizer import AdamW, averages, optimizer, steps_taken, use_average
 from stf.training.run import run
 from stf.training.schedule import WarmupCosine
 

@@ -1,34 +1,219 @@
-"""Adam as the paper uses it, and loss scaling for float16."""
+"""Adam as the paper uses it."""
 
 import keras
 import tensorflow as tf
 
+from stf.training.replicas import assign_all, sum_over_replicas
+
 
 @keras.saving.register_keras_serializable(package="stf")
-class AdamW(keras.optimizers.AdamW):
-    """Adam with decoupled decay of weights that have two or more dimensions.
+class AdamW(keras.optimizers.Optimizer):
+    """Adam with decoupled weight decay, clipping by the global norm, and no step where that norm is not finite.
 
-    Biases, normalisations' scales and the start vector are not decayed (the authors' follow-up code).
+    One norm of all gradients, computed once, clips them, is logged, and says whether the step is taken: where it is
+    not finite, weights and slots stay as they are to the last bit, and the step is counted as skipped.
+
+    Decayed are kernels and tables: weights of two or more dimensions, without the axis of blocks that weights of a
+    `stf.layers.SparseResidualStack` have in front, and without biases of whatever shape. Normalizations' scales and the
+    start vector are not decayed. (The authors' follow-up code decays the start vector too.)
+
+    Args:
+        learning_rate: a number or a schedule, such as `WarmupCosine`, of the updates so far.
+        weight_decay: times the learning rate, the share by which decayed weights shrink; 0.01 in the paper.
+        beta_1, beta_2, epsilon: of Adam (Kingma and Ba 2015); 0.999 for beta_2 is the authors' follow-up code's.
+        global_clipnorm: the largest norm of all gradients together, 1 in the paper; None does not clip.
+        average: momentum of a moving average of the weights, or None for none. `averages` gives it.
+        accumulation_steps: batches whose mean gradient makes one update.
+
+    Its variables, beside Adam's: `batches` (all that it has seen), `skipped`, `skipped_in_a_row`, and `gradient_norm`
+    (of the last update, before clipping). `iterations` counts updates.
     """
 
+    def __init__(
+        self,
+        learning_rate=0.001,
+        weight_decay=0.01,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-7,
+        global_clipnorm=1.0,
+        average=None,
+        accumulation_steps=1,
+        name="adamw",
+    ):
+        super().__init__(learning_rate, name=name)
+        for name, value in (("beta_1", beta_1), ("beta_2", beta_2), ("average", average)):
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be from 0 to less than 1. Received: {name}={value!r}")
+        if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+            raise ValueError(
+                f"accumulation_steps must be an int, 1 or more. Received: accumulation_steps={accumulation_steps!r}"
+            )
+        if global_clipnorm is not None and not global_clipnorm > 0:
+            raise ValueError(f"global_clipnorm must be above 0, or None. Received: global_clipnorm={global_clipnorm!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more. Received: weight_decay={weight_decay!r}")
+        self.weight_decay = weight_decay
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.global_clipnorm = global_clipnorm
+        self.average = average
+        self.accumulation_steps = accumulation_steps
+
     def build(self, variables):
-        """Makes the slots, and a variable for the norm of the last gradient, before clipping."""
+        """Makes the slots of all variables, and the counters."""
+        if self.built:
+            return
         super().build(variables)
-        self.gradient_norm = tf.Variable(0.0, trainable=False, name="gradient_norm")
+        self._slots = {
+            name: [self.add_variable_from_reference(variable, name=name) for variable in variables]
+            for name, wanted in (
+                ("momentum", True),
+                ("velocity", True),
+                ("average", self.average is not None),
+                ("accumulator", self.accumulation_steps > 1),
+            )
+            if wanted
+        }
+        for name in ("batches", "skipped", "skipped_in_a_row", "accumulated"):
+            setattr(self, name, self._scalar(name, "int"))
+        self.gradient_norm = self._scalar("gradient_norm", "float32")
+
+    def _scalar(self, name, dtype):
+        return self.add_variable((), dtype=dtype, aggregation="only_first_replica", name=name)
+
+    def averages(self):
+        """Pairs of (weight, variable of its moving average); none where there is no average."""
+        if not self.built or self.average is None:
+            return []
+        return list(zip(self._trainable_variables, self._slots["average"], strict=True))
 
     def apply(self, grads, trainable_variables=None):
-        """Applies gradients and notes their global norm."""
+        """Updates variables by their gradients."""
+        self.apply_scaled(grads, trainable_variables)
+
+    def apply_scaled(self, grads, trainable_variables=None, scale=None):
+        """Updates variables by gradients that are `scale` times too large.
+
+        Args:
+            grads: a gradient for each variable; None leaves that variable alone.
+            trainable_variables: the variables; those that the optimizer was built with unless given.
+            scale: float32 scalar; None for 1.
+
+        Returns:
+            Whether the gradients were finite, a bool scalar.
+        """
         grads = list(grads)
-        if self.built:
-            self.gradient_norm.assign(tf.linalg.global_norm([g for g in grads if g is not None]))
-        return super().apply(grads, trainable_variables)
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if not self.built:
+            with keras.name_scope(self.name):
+                self.build(variables)
+        indices = [self._get_variable_index(variable) for variable in variables]
+        pairs = [(index, grad) for index, grad in zip(indices, grads, strict=True) if grad is not None]
+        if not pairs:
+            raise ValueError("grads must hold a gradient. Received: none for any variable")
+        indices, grads = zip(*pairs, strict=True)
+        # Dense, since rows of a slice may repeat; float32 (float64), whatever the loss was computed in.
+        grads = [
+            tf.cast(tf.convert_to_tensor(grad), self._trainable_variables[index].dtype)
+            for index, grad in zip(indices, sum_over_replicas(grads), strict=True)
+        ]
+        inverse = None if scale is None else 1.0 / scale
+        norm = _norm(grads, inverse)
+        finite = tf.math.is_finite(norm)
+        changes = self._counts(finite)
+        if self.accumulation_steps == 1:
+            taken = finite
+        else:
+            taken, grads, norm, more = self._accumulate(indices, grads, inverse, finite, norm)
+            changes, inverse = changes + more, None
+        changes.append((self.gradient_norm, tf.where(taken, norm, self.gradient_norm.value)))
+        changes.append((self._iterations, self._iterations.value + tf.cast(taken, self._iterations.dtype)))
+        factor = tf.constant(1.0) if self.global_clipnorm is None else tf.minimum(1.0, self.global_clipnorm / norm)
+        factor = factor if inverse is None else factor * inverse
+        for index, grad in zip(indices, grads, strict=True):
+            changes += self._change(index, grad * tf.cast(factor, grad.dtype), taken)
+        assign_all(changes)
+        return finite
+
+    def _counts(self, finite):
+        one = tf.cast(finite, self.batches.dtype)
+        return [
+            (self.batches, self.batches.value + 1),
+            (self.skipped, self.skipped.value + 1 - one),
+            (self.skipped_in_a_row, (self.skipped_in_a_row.value + 1) * (1 - one)),
+        ]
+
+    def _accumulate(self, indices, grads, inverse, finite, norm):
+        """Adds a batch's gradients to the sums, and empties those where an update is due.
+
+        Returns:
+            Whether an update is due, the mean gradients for it, their norm, and the changes of the sums.
+        """
+        count = self.accumulated.value + tf.cast(finite, self.accumulated.dtype)
+        due = tf.equal(count, self.accumulation_steps) & finite
+        changes, means = [(self.accumulated, tf.where(due, tf.zeros_like(count), count))], []
+        for index, grad in zip(indices, grads, strict=True):
+            held = self._slots["accumulator"][index]
+            grad = grad if inverse is None else grad * tf.cast(inverse, grad.dtype)
+            total = tf.where(finite, held.value + grad, held.value)
+            changes.append((held, tf.where(due, tf.zeros_like(total), total)))
+            means.append(total / self.accumulation_steps)
+        return due, means, _norm(means), changes
+
+    def _change(self, index, grad, taken):
+        """The new values of a variable and of its slots: Adam's update where it is taken, the old ones elsewhere."""
+        variable = self._trainable_variables[index]
+        weight = tf.convert_to_tensor(variable.value)
+        momentum, velocity = (tf.convert_to_tensor(self._slots[name][index].value) for name in ("momentum", "velocity"))
+        step = tf.cast(self._iterations.value + 1, weight.dtype)
+        rate = tf.cast(self.learning_rate, weight.dtype)
+        correction = tf.sqrt(1.0 - tf.pow(tf.cast(self.beta_2, weight.dtype), step))
+        correction /= 1.0 - tf.pow(tf.cast(self.beta_1, weight.dtype), step)
+        new_momentum = momentum + (grad - momentum) * (1.0 - self.beta_1)
+        new_velocity = velocity + (tf.square(grad) - velocity) * (1.0 - self.beta_2)
+        decayed = weight - weight * (rate * self.weight_decay) if self._use_weight_decay(variable) else weight
+        new_weight = decayed - rate * correction * new_momentum / (tf.sqrt(new_velocity) + self.epsilon)
+        changes = [
+            (variable, tf.where(taken, new_weight, weight)),
+            (self._slots["momentum"][index], tf.where(taken, new_momentum, momentum)),
+            (self._slots["velocity"][index], tf.where(taken, new_velocity, velocity)),
+        ]
+        if self.average is not None:
+            average = self._slots["average"][index]
+            kept = tf.cast(self.average, weight.dtype) * tf.cast(step > 1, weight.dtype)
+            mean = kept * average.value + (1.0 - kept) * new_weight
+            changes.append((average, tf.where(taken, mean, average.value)))
+        return changes
 
     def _use_weight_decay(self, variable):
-        return len(variable.shape) >= 2
+        rank = len(variable.shape) - getattr(variable, "stacked_axes", 0)
+        return bool(self.weight_decay) and rank >= 2 and variable.name != "bias" and super()._use_weight_decay(variable)
+
+    def finalize_variable_values(self, var_list):
+        """At the end of `fit`: the weights become their moving average, where there is one."""
+        for weight, average in self.averages():
+            weight.assign(average)
+
+    def get_config(self):
+        """The constructor's arguments."""
+        rate = super().get_config()["learning_rate"]
+        names = "name weight_decay beta_1 beta_2 epsilon global_clipnorm average accumulation_steps"
+        return {"learning_rate": rate} | {name: getattr(self, name) for name in names.split()}
+
+
+def _norm(grads, inverse=None):
+    """The norm of all gradients together; with `inverse`, of `inverse` times them."""
+    norm = tf.sqrt(tf.add_n([tf.cast(tf.reduce_sum(tf.square(grad)), tf.float32) for grad in grads]))
+    return norm if inverse is None else norm * inverse
 
 
 def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.999, average=None, **kwargs):
     """Adam of the paper's recipe: decay 0.01, gradients clipped to a global norm of 1.
+
+    Under mixed_float16 it belongs into a `LossScale`: `SparseTransformer.compile` puts it there, and Keras' own
+    `compile` puts it into Keras' LossScaleOptimizer.
 
     Args:
         learning_rate: a number or a schedule, such as `WarmupCosine`.
@@ -36,26 +221,18 @@ def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.99
         beta_2: from the authors' follow-up code.
         average: momentum of a moving average of the weights, to evaluate and sample with (see `use_average` and
             `stf.callbacks.MovingAverage`); 0.999 in the follow-up code. None keeps no average.
-        **kwargs: further arguments of `keras.optimizers.AdamW`, such as `gradient_accumulation_steps`.
+        **kwargs: further arguments of `AdamW`, such as `accumulation_steps`.
 
     Returns:
-        An `AdamW` inside a `LossScale`, which skips steps whose gradients are not finite; under other policies than
-        mixed_float16 its scale is 1, always.
+        An `AdamW`.
     """
-    if average is not None:
-        kwargs |= {"use_ema": True, "ema_momentum": average}
-    inner = AdamW(learning_rate, weight_decay=weight_decay, global_clipnorm=global_clipnorm, beta_2=beta_2, **kwargs)
-    if keras.config.dtype_policy().name == "mixed_float16":
-        return LossScale(inner)
-    return LossScale(inner, initial_scale=1.0, floor=1.0, dynamic_growth_steps=2**31 - 1)
+    return AdamW(learning_rate, weight_decay, beta_2=beta_2, global_clipnorm=global_clipnorm, average=average, **kwargs)
 
 
 def averages(optimizer):
     """Pairs of (weight, variable of its moving average) of an optimizer; none where it keeps none."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if not getattr(inner, "use_ema", False) or not inner.built:
-        return []
-    return list(zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True))
+    return inner.averages() if isinstance(inner, AdamW) else []
 
 
 def use_average(model):
@@ -68,57 +245,8 @@ def use_average(model):
 
 
 def steps_taken(optimizer):
-    """Batches that an optimizer has seen: updates, and steps that were skipped."""
-    return int(optimizer.iterations) + int(getattr(optimizer, "skipped", 0))
-
-
-@keras.saving.register_keras_serializable(package="stf")
-class LossScale(keras.optimizers.LossScaleOptimizer):
-    """Dynamic loss scaling with a floor (Section 5.5; starting value and floor from the follow-up code).
-
-    Keras' own halves the scale at every non-finite gradient without end; this one stops at `floor`. Steps whose
-    gradients are not finite are skipped, and counted in the variables `skipped` (of all steps) and
-    `skipped_in_a_row` (the last ones).
-
-    Args:
-        inner_optimizer: what takes the unscaled gradients.
-        initial_scale: 2^16 unless given.
-        floor: the least scale, 2^10 unless given.
-        dynamic_growth_steps: steps without a non-finite gradient before the scale doubles.
-    """
-
-    def __init__(
-        self,
-        inner_optimizer,
-        initial_scale=2.0**16,
-        floor=2.0**10,
-        dynamic_growth_steps=2000,
-        **kwargs,
-    ):
-        super().__init__(
-            inner_optimizer, initial_scale=initial_scale, dynamic_growth_steps=dynamic_growth_steps, **kwargs
-        )
-        if not 0 < floor <= initial_scale:
-            raise ValueError(f"floor must be above 0 and at most initial_scale. Received: floor={floor!r}")
-        self.floor = floor
-
-    def build(self, var_list):
-        """Makes the variables of the scale, the counters and the inner optimizer."""
-        for name in ("skipped", "skipped_in_a_row"):
-            counter = self.add_variable((), dtype="int", initializer="zeros", aggregation="none", name=name)
-            setattr(self, name, counter)
-        super().build(var_list)
-
-    def _stateful_handle_finite_grads(self, grads, trainable_variables):
-        super()._stateful_handle_finite_grads(grads, trainable_variables)
-        self.skipped_in_a_row.assign(0)
-
-    def _stateful_handle_non_finite_grads(self):
-        super()._stateful_handle_non_finite_grads()
-        self.dynamic_scale.assign(keras.ops.maximum(self.dynamic_scale, self.floor))
-        self.skipped.assign_add(1)
-        self.skipped_in_a_row.assign_add(1)
-
-    def get_config(self):
-        """The constructor's arguments."""
-        return super().get_config() | {"floor": self.floor}
+    """Batches that an optimizer has seen, skipped ones and those of an unfinished accumulation too."""
+    batches = getattr(optimizer, "batches", None)
+    if batches is None:
+        batches = getattr(getattr(optimizer, "inner_optimizer", optimizer), "batches", optimizer.iterations)
+    return int(tf.convert_to_tensor(batches))

@@ -27,7 +27,7 @@ def run(make_model, train, validation, run_dir, steps, epochs, resume=False, cal
     Raises:
         ValueError: there are fewer steps than epochs.
     """
-    from stf.callbacks import Checkpoint, MovingAverage, StopOnNonFinite, TrainingLog
+    from stf.callbacks import Checkpoint, FirstStep, MovingAverage, StopOnNonFinite, TrainingLog
 
     if not 1 <= epochs <= steps:
         raise ValueError(f"epochs must be from 1 to steps. Received: epochs={epochs}, steps={steps}")
@@ -47,6 +47,7 @@ def run(make_model, train, validation, run_dir, steps, epochs, resume=False, cal
         steps_per_epoch=steps_per_epoch,
         validation_data=validation,
         callbacks=[
+            FirstStep(),
             TrainingLog(run_dir / "log"),
             Checkpoint(checkpoint),
             MovingAverage(),

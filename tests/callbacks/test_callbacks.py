@@ -79,10 +79,10 @@ def test_attention_maps_show_the_weights_of_the_dense_layer(model):
     maps.set_model(model)
     found = model.attention_weights(tokens()[:1], [50])
     assert len(found) == 2
-    for block, heads in zip(model.blocks, found, strict=True):
+    for index, heads in enumerate(found):
         for head, rows in enumerate(heads):
             keys, weights = rows[0]
-            np.testing.assert_array_equal(keys, block.attention.pattern.keys(50, head))
+            np.testing.assert_array_equal(keys, model.patterns[index].keys(50, head))
             assert weights.sum() == pytest.approx(1, abs=1e-5)
     assert maps.figure().shape[-1] == 3 and maps.connectivity().shape[-1] == 3
 
@@ -135,16 +135,24 @@ def test_a_run_goes_on_after_a_few_broken_steps_and_ends_after_many():
     def broken_model(place):
         made = stf.models.SparseTransformer(24, (4, 6), patterns, 2, 2, 8, vocab_size=16, seed=1)
         made.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy())
-        weights = place(made)
-        weights.assign(np.full(weights.shape, np.nan))
+        place(made)
         return made
+
+    def of_block(index, name):
+        def place(made):
+            weights = made.stack.get_block_weights(index)[name]
+            made.stack.set_block_weights(index, {name: np.full_like(weights, np.nan)})
+
+        return place
 
     x = np.random.default_rng(0).integers(0, 16, (12, 24)).astype(np.int32)
     cases = {
-        "embedding": lambda m: m.embedding.weights[0],
-        "block_1.attention": lambda m: m.blocks[1].attention.value_dense.kernel,
-        "block_0.feed_forward": lambda m: m.blocks[0].hidden_dense.kernel,
-        "logits": lambda m: m.logits.kernel,
+        "embedding": lambda m: m.embedding.tokens.assign(np.full((16, 8), np.nan)),
+        "block_1.attention": of_block(1, "value_kernel"),
+        "block_0.feed_forward": of_block(0, "hidden_kernel"),
+        "block_1.feed_forward": of_block(1, "output_bias"),
+        "final_norm": lambda m: m.final_norm.beta.assign(np.full(8, np.nan)),
+        "logits": lambda m: m.logits.kernel.assign(np.full((8, 16), np.nan)),
     }
     for name, place in cases.items():
         made = broken_model(place)

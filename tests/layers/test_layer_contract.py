@@ -50,6 +50,23 @@ def block(**kwargs):
     )
 
 
+def stack(**kwargs):
+    return stf.layers.SparseResidualStack(
+        5,
+        [PATTERN, stf.patterns.Fixed(4, 1)],
+        2,
+        4,
+        value_dim=3,
+        ff_dim=12,
+        dropout=0.5,
+        recompute=True,
+        attention_output_initializer=keras.initializers.RandomNormal(stddev=0.1),
+        output_initializer=keras.initializers.RandomNormal(stddev=0.1),
+        seed=1,
+        **kwargs,
+    )
+
+
 def model(**kwargs):
     return stf.models.SparseTransformer(
         length=POSITIONS,
@@ -73,6 +90,7 @@ SUBJECTS = {
     "FixedAttention": lambda **kw: stf.layers.FixedAttention(2, 4, 4, 2, **kw),
     "FixedAttention, summary": lambda **kw: stf.layers.FixedAttention(2, 4, 4, 2, "summary", **kw),
     "SparseResidualBlock": block,
+    "SparseResidualStack": stack,
     "SequenceEmbedding": lambda **kw: stf.layers.SequenceEmbedding(WIDTH, WIDTH, (3, 4), **kw),
     "SparseTransformer": model,
 }
@@ -100,7 +118,9 @@ def symbolic(layer):
 def users_model(layer, kind):
     """A model of the user's own around the layer: tokens or vectors in, one number out."""
     if kind == "sequential":
-        return keras.Sequential([layer, keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(1)])
+        # Keras takes the inputs of a layer that comes first to be of its compute dtype: tokens have to be declared.
+        first = [symbolic(layer)] if isinstance(layer, stf.models.SparseTransformer) else []
+        return keras.Sequential([*first, layer, keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(1)])
     if kind == "functional":
         inputs = symbolic(layer)
         outputs = keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(layer(inputs)))

@@ -34,8 +34,9 @@ def tokens(batch=2, positions=24, vocab_size=11, seed=0):
 def test_cifar10_has_the_papers_59_million_parameters():
     model = SparseTransformer.from_preset("cifar10")
     assert model.count_params() == 59_196_928
-    assert len(model.blocks) == 128
-    assert [block.attention.pattern for block in model.blocks[:2]] == [stf.patterns.Local(96), stf.patterns.Strided(96)]
+    assert model.stack.num_blocks == 128 and model.stack.period == 2
+    assert [model.stack.pattern(k) for k in range(2)] == [stf.patterns.Local(96), stf.patterns.Strided(96)]
+    assert len(model.trainable_variables) == 20  # whatever the depth: 12 of all blocks, 8 around them
 
 
 def test_presets_are_copies_and_take_other_arguments():
@@ -70,10 +71,7 @@ def test_interleaved_heads_reach_every_earlier_token_in_two_blocks():
     model = make(num_blocks=2)
     hidden = tf.Variable(tf.random.stateless_normal([1, 24, 8], [1, 2]))
     with tf.GradientTape() as tape:
-        x = hidden
-        for block in model.blocks:
-            x = block(x)
-        last = tf.reduce_sum(x[:, -1] ** 2)
+        last = tf.reduce_sum(model.stack(hidden)[:, -1] ** 2)
     assert np.all(np.abs(tape.gradient(last, hidden).numpy()).max(-1) > 0)
 
 
@@ -90,27 +88,24 @@ def test_shorter_sequences_and_dynamic_shapes():
 
 def test_w_p_and_w_2_start_smaller_by_the_root_of_twice_the_depth():
     model = make(num_blocks=8, model_dim=64)
-    block = model.blocks[0]
-    pairs = [
-        (block.hidden_dense.kernel, 64, 1),
-        (block.output_dense.kernel, 256, 4),
-        (block.attention.query_dense.kernel, 64, 1),
-        (block.attention.output_dense.kernel, 64, 4),
-    ]
-    for kernel, fan_in, smaller in pairs:
-        assert np.std(kernel) * smaller == pytest.approx((0.125 / fan_in) ** 0.5, rel=0.05)
+    kinds = {"hidden": (64, 1), "output": (256, 4), "query": (64, 1), "attention_output": (64, 4)}
+    for index in (0, 7):
+        weights = model.stack.get_block_weights(index)
+        for name, (fan_in, smaller) in kinds.items():
+            assert np.std(weights[f"{name}_kernel"]) * smaller == pytest.approx((0.125 / fan_in) ** 0.5, rel=0.05)
 
 
 def test_seed_fixes_all_weights_and_makes_no_two_blocks_alike():
     first, second, other = make(), make(), make(seed=2)
     for a, b in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    kernels = [block.attention.query_dense.kernel.numpy() for block in (*first.blocks, other.blocks[0])]
+    kernels = [first.stack.get_block_weights(k)["query_kernel"] for k in range(3)]
+    kernels.append(other.stack.get_block_weights(0)["query_kernel"])
     assert len({kernel.tobytes() for kernel in kernels}) == 4
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, "attention", True])
 def test_fit_learns_a_repeated_sequence(policy, recompute):
     keras.config.set_dtype_policy(policy)
     try:
@@ -125,7 +120,7 @@ def test_fit_learns_a_repeated_sequence(policy, recompute):
     np.testing.assert_allclose(history["bits_per_dim"], np.array(history["loss"]) / np.log(2), rtol=1e-3)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, "attention", True])
 def test_fit_compiled_by_xla_gives_the_same_losses(recompute):
     """Dropout's masks are the same too."""
     x = np.tile(tokens(batch=1), (4, 1))
@@ -154,26 +149,84 @@ def test_trained_model_is_saved_with_its_optimizer(tmp_path):
 def test_attention_weights_are_those_of_the_blocks():
     model, x = make(), tokens()
     weights = model.attention_weights(x, [3, 20], blocks=[1])
-    hidden = model.hidden(tf.constant(x))[1]
-    block = model.blocks[1]
+    hidden = list(model.stack.hidden(model.embedding(x)))[1]
+    block = model.stack.as_layer(1)
     _, scores = block.attention(block.attention_norm(hidden), return_attention_scores=True)
     for head in range(2):
         for position, (keys, of_keys) in zip([3, 20], weights[0][head], strict=True):
             np.testing.assert_allclose(of_keys, scores.numpy()[:, head, position][:, keys], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fitted", [False, True], ids=["right after construction", "after fit"])
+def test_export_serves_integer_tokens(fitted, tmp_path):
+    model, x = make(), tokens()
+    if fitted:
+        model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy())
+        model.fit(x, x, verbose=0)
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    _, signature = served.signatures["serving_default"].structured_input_signature
+    [spec] = signature.values()
+    assert spec.dtype == tf.int32 and spec.shape.as_list() == [None, None]
+    for positions in (24, 7):
+        np.testing.assert_allclose(served.serve(x[:, :positions]), model(x[:, :positions]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bool"])
+def test_tokens_that_are_not_integers_are_refused(dtype):
+    model, x = make(), tokens()
+    with pytest.raises(ValueError, match=f"integer tokens.*dtype {dtype}"):
+        model(x.astype(dtype))
+    for integers in ("uint8", "int64"):
+        np.testing.assert_array_equal(model(x.astype(integers)), model(x))
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [("float32", "float32"), ("mixed_bfloat16", "float32"), ("mixed_float16", "float32"), ("float64", "float64")],
+)
+def test_logits_are_not_rounded_to_half_precision(policy, dtype):
+    logits = make(dtype=policy)(tokens())
+    assert logits.dtype == dtype
+    rounded = tf.cast(tf.cast(logits, tf.bfloat16), logits.dtype)
+    assert np.mean(logits.numpy() == rounded.numpy()) < 0.05
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (dict(length=0), "length=0"),
-        (dict(num_blocks=0), "num_blocks=0"),
+        (dict(length=0), "length.*length=0"),
+        (dict(length=24.0), "length.*length=24.0"),
+        (dict(num_blocks=0), "num_blocks.*num_blocks=0"),
+        (dict(num_blocks="3"), "num_blocks.*num_blocks='3'"),
+        (dict(num_blocks=True), "num_blocks.*num_blocks=True"),
         (dict(position_shape=(5, 4)), r"position_shape=\(5, 4\)"),
         (dict(num_heads=3), "num_heads=3"),
+        (dict(num_heads=0), "num_heads.*num_heads=0"),
+        (dict(num_heads=2.0), "num_heads.*num_heads=2.0"),
+        (dict(model_dim=0), "model_dim.*model_dim=0"),
+        (dict(model_dim=8.0), "model_dim.*model_dim=8.0"),
+        (dict(key_dim=0), "key_dim.*key_dim=0"),
+        (dict(key_dim="4"), "key_dim.*key_dim='4'"),
+        (dict(value_dim=0), "value_dim.*value_dim=0"),
+        (dict(value_dim=-1), "value_dim.*value_dim=-1"),
+        (dict(ff_dim=0), "ff_dim.*ff_dim=0"),
+        (dict(ff_dim=16.0), "ff_dim.*ff_dim=16.0"),
+        (dict(vocab_size=0), "vocab_size.*vocab_size=0"),
+        (dict(vocab_size=11.0), "vocab_size.*vocab_size=11.0"),
         (dict(patterns=[]), r"patterns=\[\]"),
-        (dict(init="other"), "reading='other'"),
+        (dict(init="other"), "^init must.*init='other'"),
         (dict(dropout=1.0), "dropout=1.0"),
+        (dict(dropout="0.5"), "dropout='0.5'"),
+        (dict(recompute=2), "recompute=2"),
+        (dict(recompute="all"), "recompute='all'"),
     ],
 )
-def test_refuses_bad_arguments(arguments, says):
+def test_refuses_bad_arguments_by_their_own_names(arguments, says):
     with pytest.raises(ValueError, match=says):
         make(**arguments)
+
+
+@pytest.mark.parametrize("name", ["key_dim", "value_dim", "ff_dim"])
+def test_a_width_that_is_given_is_not_taken_for_the_default(name):
+    assert getattr(make(**{name: 3}), name) == 3

@@ -1,4 +1,6 @@
-"""The recipe's parts: schedule, decay, clipping, the loss scale's floor, bits per dim."""
+"""The recipe's parts: schedule, loss scale, average, bits per dim. The optimizer's updates: test_optimizer.py."""
+
+import contextlib
 
 import keras
 import numpy as np
@@ -33,27 +35,6 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine():
         WarmupCosine(1.0, total_steps=5, warmup_steps=6)
 
 
-def test_only_tensors_of_two_or_more_dimensions_decay():
-    matrix, vector = keras.Variable(np.ones((2, 3))), keras.Variable(np.ones(3))
-    adam = AdamW(0.1, weight_decay=0.5)
-    adam.build([matrix, vector])
-    adam.apply([tf.zeros([2, 3]), tf.zeros([3])], [matrix, vector])
-    np.testing.assert_allclose(matrix, np.full((2, 3), 1 - 0.1 * 0.5), rtol=1e-6)
-    np.testing.assert_array_equal(vector, np.ones(3))
-
-
-def test_gradients_are_clipped_to_a_global_norm_of_1_and_the_norm_is_told():
-    seen = []
-    for size in (1.0, 100.0):
-        weight = keras.Variable(np.zeros((2, 2)))
-        whole = optimizer(0.1, weight_decay=0.0, epsilon=1.0)  # so large an epsilon shows the gradient's size
-        whole.build([weight])
-        whole.apply([tf.fill([2, 2], size)], [weight])
-        seen.append((weight.numpy(), float(whole.inner_optimizer.gradient_norm)))
-    np.testing.assert_allclose(seen[0][0], seen[1][0], rtol=1e-5)
-    assert [norm for _, norm in seen] == pytest.approx([2.0, 200.0])
-
-
 def test_loss_scale_stops_at_its_floor_and_recovers():
     weight = keras.Variable(1.0)
     scale = LossScale(keras.optimizers.SGD(0.1), initial_scale=2.0**12, floor=2.0**10, dynamic_growth_steps=3)
@@ -71,43 +52,91 @@ def test_loss_scale_stops_at_its_floor_and_recovers():
         LossScale(keras.optimizers.SGD(), floor=0)
 
 
-def test_optimizer_scales_the_loss_under_mixed_float16_alone():
-    for policy, scale in (("float32", 1.0), ("mixed_bfloat16", 1.0), ("mixed_float16", 2.0**16)):
-        keras.config.set_dtype_policy(policy)
-        try:
-            made = optimizer(1e-3)
-            assert isinstance(made, LossScale) and isinstance(made.inner_optimizer, AdamW)
-            assert made.initial_scale == scale
-        finally:
-            keras.config.set_dtype_policy("float32")
+@contextlib.contextmanager
+def global_policy(name):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_steps_that_are_not_finite_are_skipped_and_counted(jit_compile):
-    weight = keras.Variable(np.ones(3, "float32"))
-    whole = optimizer(0.1)
-    whole.build([weight])
-    step = tf.function(lambda x: whole.apply([x], [weight]), jit_compile=jit_compile)
-    for gradient, moved, counts in (
-        (1.0, True, (0, 0)),
-        (np.nan, False, (1, 1)),
-        (-np.inf, False, (2, 2)),
-        (2.0, True, (2, 0)),
-        (np.inf, False, (3, 1)),
-    ):
-        before = weight.numpy()
-        step(tf.constant([0.5, gradient, 0.5], tf.float32))
-        assert np.isfinite(weight.numpy()).all()
-        assert np.array_equal(weight.numpy(), before) != moved
-        assert (int(whole.skipped), int(whole.skipped_in_a_row)) == counts
-    assert steps_taken(whole) == 5 and int(whole.iterations) == 2
-    assert float(whole.dynamic_scale) == 1.0
-
-
-def small_model(**arguments):
-    model = SparseTransformer(24, (4, 6), [Local(6)], 1, 2, 8, vocab_size=16, seed=1)
+def small_model(dtype=None, **arguments):
+    model = SparseTransformer(24, (4, 6), [Local(6)], 1, 2, 8, vocab_size=16, seed=1, dtype=dtype)
     model.compile(optimizer(1e-2, **arguments), cross_entropy(), metrics=[BitsPerDim()])
     return model
+
+
+def tokens():
+    return np.random.default_rng(0).integers(0, 16, (8, 24)).astype(np.int32)
+
+
+@pytest.mark.parametrize("elsewhere", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16", "float64", None])
+def test_the_loss_is_scaled_by_the_models_policy_and_not_by_the_global_one(policy, elsewhere):
+    with global_policy(elsewhere):
+        made = small_model(policy).optimizer
+    assert isinstance(optimizer(1e-3), AdamW)
+    if (policy or elsewhere) != "mixed_float16":
+        assert type(made) is AdamW
+        return
+    assert type(made) is LossScale and type(made.inner_optimizer) is AdamW
+    assert (made.initial_scale, float(made.dynamic_scale), made.floor) == (2.0**16, 2.0**16, 2.0**10)
+
+
+def test_a_loss_scale_of_the_users_own_is_left_alone():
+    model = small_model("mixed_float16")
+    for own in (
+        LossScale(optimizer(1e-2), initial_scale=2.0**12),
+        keras.optimizers.LossScaleOptimizer(optimizer(1e-2)),
+    ):
+        model.compile(own, cross_entropy())
+        assert model.optimizer is own
+    model.compile(optimizer(1e-2), cross_entropy(), auto_scale_loss=False)
+    assert type(model.optimizer) is AdamW
+
+
+def test_a_scaled_loss_is_trained_on_as_an_unscaled_one():
+    x, losses = tokens(), {}
+    for policy in ("float32", "mixed_float16"):
+        model = small_model(policy)
+        history = model.fit(x, x, batch_size=4, epochs=6, shuffle=False, verbose=0).history
+        losses[policy] = history["loss"]
+        inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        assert (int(inner.skipped), int(inner.iterations), steps_taken(model.optimizer)) == (0, 12, 12)
+        assert 1e-2 < float(inner.gradient_norm) < 10  # of the loss itself
+    np.testing.assert_allclose(losses["mixed_float16"], losses["float32"], rtol=2e-3)
+    assert losses["float32"][-1] < losses["float32"][0] - 0.1
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_a_compiled_model_comes_back_as_it_was_and_goes_on_the_same(policy, tmp_path):
+    x = tokens()
+    schedule = WarmupCosine(1e-2, total_steps=40, warmup_steps=3)
+    model = small_model(policy)
+    inner = optimizer(schedule, average=0.9, accumulation_steps=3, weight_decay=0.02, beta_2=0.95)
+    model.compile(inner, cross_entropy(), metrics=[BitsPerDim()])
+    checkpoint = Checkpoint(tmp_path / "c.keras")
+    checkpoint.set_model(model)
+    for batch in (x[:4], x[4:], x[:4], x[4:]):  # an update, and a part of the next
+        model.train_on_batch(batch, batch)
+    checkpoint.save()
+    loaded = keras.saving.load_model(tmp_path / "c.keras")
+    assert type(loaded.optimizer) is (LossScale if policy == "mixed_float16" else AdamW)
+    assert loaded.dtype_policy.name == policy
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    assert steps_taken(loaded.optimizer) == 4 and int(loaded.optimizer.iterations) == int(model.optimizer.iterations)
+    for _ in range(2):
+        assert len(loaded.optimizer.variables) == len(model.optimizer.variables) > 60
+        both = (either.variables + either.optimizer.variables for either in (loaded, model))
+        for a, b in zip(*both, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=b.path)
+        for (_, a), (_, b) in zip(averages(loaded.optimizer), averages(model.optimizer), strict=True):
+            np.testing.assert_array_equal(a, b)
+        for either in (model, loaded):
+            for batch in (x[:4], x[4:]):
+                either.train_on_batch(batch, batch)
 
 
 def test_validation_sees_the_average_and_training_does_not_notice(tmp_path):
@@ -149,16 +178,6 @@ def test_a_loaded_model_can_use_its_average(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_gradients_accumulate_over_steps():
-    """Two half batches are one whole batch."""
-    x = np.random.default_rng(0).integers(0, 16, (8, 24)).astype(np.int32)
-    whole, halves = small_model(), small_model(gradient_accumulation_steps=2)
-    whole.fit(x, x, batch_size=8, epochs=3, shuffle=False, verbose=0)
-    halves.fit(x, x, batch_size=4, epochs=3, shuffle=False, verbose=0)
-    for a, b in zip(whole.get_weights(), halves.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-
-
 def test_bits_per_dim_is_the_mean_over_all_tokens_of_all_batches():
     random = np.random.default_rng(0)
     metric, nats = BitsPerDim(), []
@@ -175,3 +194,27 @@ def test_bits_per_dim_is_the_mean_over_all_tokens_of_all_batches():
     metric.reset_state()
     metric.update_state(tokens, logits, sample_weight=np.array([[1, 0, 0, 0, 0]]))
     assert float(metric.result()) == pytest.approx(nats[-5] / np.log(2), rel=1e-5)
+
+
+class TwiceTheLogits(keras.metrics.Mean):
+    """A metric with a softmax of its own."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(keras.ops.max(keras.ops.softmax(2 * y_pred)))
+
+
+def exponentials(metrics):
+    """How many a training step computes, as XLA compiles it."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input([24], dtype="int32"), keras.layers.Embedding(16, 8), keras.layers.Dense(16)])
+    model.compile(optimizer(1e-2), cross_entropy(), metrics=metrics)
+    x = tf.constant(tokens())
+    model.train_on_batch(x, x)  # makes all variables
+    step = tf.function(lambda x: model.train_step((x, x)), jit_compile=True)
+    return step.experimental_get_compiler_ir(x)(stage="optimized_hlo").count(" exponential(")
+
+
+def test_bits_per_dim_shares_the_losses_log_softmax():
+    without = exponentials(None)
+    assert exponentials([BitsPerDim()]) == without >= 1
+    assert exponentials([TwiceTheLogits()]) > without  # the count would tell

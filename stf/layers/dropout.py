@@ -1,0 +1,61 @@
+"""Dropout whose mask is a function of a seed, so that a recompute draws it again."""
+
+import tensorflow as tf
+
+
+class SavedSeed:
+    """For layers with a `seed_generator`: its state is saved with the weights, which Keras' own layers leave out.
+
+    So training that goes on from a checkpoint drops what it would have dropped without a stop.
+    """
+
+    def save_own_variables(self, store):
+        """Saves the weights, and the seed."""
+        super().save_own_variables(store)
+        if self.seed_generator is not None:
+            store["seed"] = tf.convert_to_tensor(self.seed_generator.state).numpy()
+
+    def load_own_variables(self, store):
+        """Loads the weights, and the seed where it was saved."""
+        super().load_own_variables({name: store[name] for name in store.keys() if name != "seed"})
+        if self.seed_generator is not None and "seed" in store.keys():
+            self.seed_generator.state.assign(store["seed"])
+
+
+def stateless_dropout(x, rate, seed):
+    """Zeros a share of `rate` of `x` and divides the rest by `1 - rate`.
+
+    The mask is a hash of each element's row and column under the seed, in 32-bit integers: the same on every device,
+    with and without XLA, and computed where it is used. (A random generator's words would go through memory, four bytes
+    an element.)
+
+    Args:
+        x: `[..., width]`.
+        rate: from 0 to less than 1.
+        seed: int32 `[2]`; every two seeds give masks of their own.
+    """
+    scale = tf.constant(min(1.0 / (1.0 - rate), float(x.dtype.max)), x.dtype)
+    return tf.where(keep_mask(tf.shape(x), rate, seed), x * scale, tf.zeros([], x.dtype))
+
+
+def keep_mask(shape, rate, seed):
+    """Which elements stay: bool of a `shape` of one axis or more, each True with probability `1 - rate`."""
+    shape = tf.convert_to_tensor(shape, tf.int32)
+    first, second = tf.unstack(tf.bitcast(seed, tf.uint32))
+    rows = tf.cast(tf.range(tf.reduce_prod(tf.cast(shape[:-1], tf.int64))), tf.uint32)
+    rows = _mix(_mix(rows + _mix(first)) ^ _mix(second))
+    columns = tf.cast(tf.range(tf.cast(shape[-1], tf.int64)), tf.uint32) * tf.constant(0x9E3779B9, tf.uint32)
+    words = _mix(tf.reshape(rows, tf.concat([shape[:-1], [1]], 0)) + columns)
+    return words >= tf.constant(min(round(rate * 2**32), 2**32 - 1), tf.uint32)
+
+
+def _mix(word):
+    """A bijection of 32-bit words each of whose input bits turns half of the output's.
+
+    Multipliers and shifts: C. Wellons' hash-prospector, the best known of this form (bias 0.107).
+    """
+    word ^= tf.bitwise.right_shift(word, tf.constant(16, tf.uint32))
+    word *= tf.constant(0x21F0AAAD, tf.uint32)
+    word ^= tf.bitwise.right_shift(word, tf.constant(15, tf.uint32))
+    word *= tf.constant(0x735A2D97, tf.uint32)
+    return word ^ tf.bitwise.right_shift(word, tf.constant(15, tf.uint32))

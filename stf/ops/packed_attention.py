@@ -1,0 +1,81 @@
+"""Attention of queries, keys and values that lie side by side in one tensor, as one matrix product gives them."""
+
+import tensorflow as tf
+
+from stf.ops import library
+from stf.ops.attention import program_attributes
+
+
+def packed_attention(query_key_value, pattern, num_heads, key_depth):
+    """`attention` of one tensor that holds query, key and value.
+
+    The kernels read the tensor where it lies: it is not taken apart, and its gradient is not put together.
+
+    Args:
+        query_key_value: `[batch, position, num_heads * (2 key_depth + value_depth)]`, float32, bfloat16 or float16: the
+            queries of all heads, then the keys, then the values.
+        pattern: a `stf.patterns.Pattern`.
+        num_heads: number of heads.
+        key_depth: depth of a head's query and key.
+
+    Returns:
+        The output `[batch, position, head, value_depth]`, and its log-sum-exp `[batch, head, position]`, float32,
+        through which nothing is differentiated.
+
+    Raises:
+        ValueError: `num_heads` or `key_depth` is no int of 1 or more, or the pattern does not fit the heads.
+        InvalidArgumentError: a width that does not fit.
+        LibraryNotFoundError: the op library is missing; says what to do.
+    """
+    for name, value in (("num_heads", num_heads), ("key_depth", key_depth)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int, 1 or more. Received: {name}={value!r}")
+    pattern.check_heads(num_heads)
+    output, log_sum_exp = library.load().stf_packed_attention(
+        query_key_value=query_key_value,
+        lengths=tf.zeros([0], tf.int32),
+        num_heads=num_heads,
+        key_depth=key_depth,
+        scale=key_depth**-0.5,
+        **program_attributes(pattern, num_heads),
+    )
+    return output, tf.stop_gradient(log_sum_exp)
+
+
+def packed_attention_gradient(query_key_value, pattern, num_heads, key_depth, output, log_sum_exp, output_grad):
+    """The gradient of `packed_attention`'s first argument, from what it gave and the gradient of its output.
+
+    For whoever keeps output and log-sum-exp under a tape of their own: attention is not computed again.
+    """
+    return library.load().stf_packed_attention_grad(
+        query_key_value=query_key_value,
+        lengths=tf.zeros([0], tf.int32),
+        output=output,
+        log_sum_exp=log_sum_exp,
+        output_grad=output_grad,
+        num_heads=num_heads,
+        key_depth=key_depth,
+        scale=key_depth**-0.5,
+        **program_attributes(pattern, num_heads),
+    )
+
+
+@tf.RegisterGradient("StfPackedAttention")
+def _gradient(op, output_grad, _):
+    query_key_value, lengths = op.inputs
+    output, log_sum_exp = op.outputs
+    attributes = ("num_heads", "key_depth", "components", "program_begin", "layouts", "scale")
+    grad = library.load().stf_packed_attention_grad(
+        query_key_value=query_key_value,
+        lengths=lengths,
+        output=output,
+        log_sum_exp=log_sum_exp,
+        output_grad=tf.zeros_like(output) if output_grad is None else output_grad,
+        **{name: op.get_attr(name) for name in attributes},
+    )
+    return [grad, None]
+
+
+@tf.RegisterGradient("StfPackedAttentionGrad")
+def _second_gradient(op, *grads):
+    raise LookupError("stf's attention is differentiable once.")
