@@ -34,7 +34,7 @@ flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfl
 flags.DEFINE_bool("jit_compile", None, "Compile the step with XLA; unless set, where there is a GPU.")
 flags.DEFINE_integer("validation_images", 64, "Images of each validation; 0 takes all.")
 flags.DEFINE_integer("test_images", 256, "Images of the final test; 0 takes all.")
-flags.DEFINE_integer("samples", 8, "Samples, and completions, drawn at the end.")
+flags.DEFINE_integer("samples", 8, "Samples, and completions, drawn at the end; 0 draws none.")
 flags.DEFINE_integer("num_blocks", None, "Instead of the preset's.")
 flags.DEFINE_integer("seed", 0, "Of initial weights, order of images, dropout and samples.")
 FLAGS = flags.FLAGS
@@ -104,8 +104,9 @@ def main(_):
 
     test = data.test[: FLAGS.test_images or None]
     result = model.evaluate(stf.data.batches(test, FLAGS.batch_size), return_dict=True)
-    samples.set_model(model)
-    save_pictures(samples, data.test[: FLAGS.samples], run_dir)
+    if FLAGS.samples:
+        samples.set_model(model)
+        save_pictures(samples, data.test[: FLAGS.samples], run_dir)
     bits, entropy = result["bits_per_dim"], stf.data.order0_entropy(test)
     print(f"test bits per dim: {bits:.3f} (order-0 entropy of the same {len(test):,} images: {entropy:.3f})")
     print(f"checkpoint: {run_dir / 'checkpoint.keras'}")
