@@ -167,6 +167,13 @@ class SparseTransformer(keras.Model):
         if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        # Under several replicas Keras 3.15 builds from the mean of their batches, in which tokens are float64.
+        data_batch = keras.tree.map_structure(
+            lambda x: tf.cast(x, tf.int32) if getattr(x, "dtype", None) == tf.float64 else x, data_batch
+        )
+        super()._symbolic_build(iterator=iterator, data_batch=data_batch)
+
     def get_compile_config(self):
         """What `compile` was called with."""
         return super().get_compile_config()
