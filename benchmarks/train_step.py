@@ -25,11 +25,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 STRIDE = 96  # of the CIFAR-10 preset
 
 
-def stf_row(preset, blocks=None, recompute=True, batch_size=16, length=None, name=None):
-    """A row of ours: a preset, with what differs from it."""
-    return dict(side="stf", preset=preset, blocks=blocks, recompute=recompute, batch_size=batch_size, length=length) | {
-        "name": name or preset
-    }
+def stf_row(preset, blocks=None, recompute=True, batch_size=16, length=None, stride=None, name=None):
+    """A row of ours: a preset, with what differs from it; at another length the strided pattern has a stride."""
+    row = dict(side="stf", name=name or preset, preset=preset, blocks=blocks, recompute=recompute)
+    return row | {"batch_size": batch_size, "length": length, "stride": stride}
 
 
 def torch_row(kind, model="cifar10", blocks=None, recompute=False, batch_size=16, length=None, name=None):
@@ -69,8 +68,11 @@ def make_config(row):
     if row["blocks"]:
         config["num_blocks"] = row["blocks"]
     if row["length"]:
+        width = row["stride"] or 128
         config["length"] = row["length"]
-        config["position_shape"] = (-(-row["length"] // 128), 128)
+        config["position_shape"] = (-(-row["length"] // width), width)
+    if row["stride"]:
+        config["patterns"] = [stf.patterns.Local(row["stride"]), stf.patterns.Strided(row["stride"])]
     return config
 
 
