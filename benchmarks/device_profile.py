@@ -13,8 +13,7 @@ def profile(work):
     XLA's command buffers hide kernels from it: switch them off (`--xla_gpu_enable_command_buffer=`) to see them.
 
     Returns:
-        Seconds in which the GPU was busy, seconds from the first kernel to the last, and a list of (name, times run,
-        seconds), longest first.
+        Seconds in which the GPU was busy, and a list of (name, times run, seconds), longest first.
     """
     with tempfile.TemporaryDirectory() as folder:
         tf.profiler.experimental.start(folder)
@@ -47,5 +46,4 @@ def summary(serialized):
     for first, last in sorted(spans):  # streams overlap
         busy += max(0.0, last - max(first, end))
         end = max(end, last)
-    whole = end - min(first for first, _ in spans) if spans else 0.0
-    return busy, whole, [(name, counts[name], seconds) for name, seconds in times.most_common()]
+    return busy, [(name, counts[name], seconds) for name, seconds in times.most_common()]

@@ -21,6 +21,8 @@ class Ceilings(NamedTuple):
 def parts(config, batch_size, recompute=False):
     """The parts of a step of the model of a configuration (arguments of `SparseTransformer`), halves throughout.
 
+    Where nothing is recomputed, norms and activations are taken as kept too.
+
     Each tensor is read once and written once by every part that takes or gives it. Elementwise work between two matrix
     products is one part; biases, dropout's masks and the gradients of biases cost nothing beside it.
     """
@@ -30,8 +32,11 @@ def parts(config, batch_size, recompute=False):
     n, blocks, vocabulary = config["length"], config["num_blocks"], config.get("vocab_size", 256)
     rows, patterns = batch_size * n, config["patterns"]
     qkv, values = heads * (2 * key_dim + value_dim), heads * value_dim
-    pairs = [sum(pattern.pairs(n, h) for h in range(heads)) for pattern in patterns]
-    pairs = batch_size * sum(pairs[k % len(patterns)] for k in range(blocks)) / blocks
+    flops = {
+        backward: [pattern.flops(n, key_dim, value_dim, heads, batch_size, backward=backward) for pattern in patterns]
+        for backward in (False, True)
+    }
+    once, twice = (sum(flops[b][k % len(patterns)] for k in range(blocks)) / blocks for b in (False, True))
 
     def matmul(name, a, b, times=1):
         return Part(name, 2 * rows * (a + b) * times, 2 * rows * a * b * times)
@@ -42,32 +47,37 @@ def parts(config, batch_size, recompute=False):
     forward = [
         elementwise("residual addition and norm, before attention", 4 * d),  # stream, branch -> stream, normalized
         matmul("query, key, value", d, qkv),
-        Part("attention", 2 * rows * (qkv + values), 2 * pairs * (key_dim + value_dim)),
+        Part("attention", 2 * rows * (qkv + values), once),
         matmul("attention output", values, d),
         elementwise("residual addition and norm, before feed-forward", 4 * d),
         matmul("hidden layer", d, hidden),
         elementwise("activation", 2 * hidden),
         matmul("feed-forward output", hidden, d),
     ]
-    again = {False: [], "attention": [0, 1, 3, 4, 5, 6], True: [0, 1, 2, 3, 4, 5, 6]}[recompute]
+    # A block's input is kept: of the first part only the norm is computed again.
+    norm_again = elementwise("norm, before attention", 2 * d)
+    again = {False: [], "attention": [norm_again, forward[1], *forward[3:7]], True: [norm_again, *forward[1:7]]}[
+        recompute
+    ]
     backward = [
         matmul("feed-forward output, gradients", hidden, d, 2),
         elementwise("activation, gradient", 3 * hidden),  # hidden, its output's gradient -> its gradient
         matmul("hidden layer, gradients", d, hidden, 2),
         elementwise("norm, residual and dropout, gradients, before feed-forward", 5 * d),
         matmul("attention output, gradients", values, d, 2),
-        Part("attention, gradient", 2 * rows * (2 * qkv + 2 * values), 2 * pairs * (3 * key_dim + 2 * value_dim)),
+        Part("attention, gradient", 2 * rows * (2 * qkv + 2 * values), twice - once),
         matmul("query, key, value, gradients", d, qkv, 2),
         elementwise("norm, residual and dropout, gradients, before attention", 5 * d),
     ]
-    recomputed = [forward[k]._replace(name=f"{forward[k].name}, again") for k in again]
+    recomputed = [part._replace(name=f"{part.name}, again") for part in again]
     of_blocks = [Part(p.name, blocks * p.bytes, blocks * p.flops) for p in (*forward, *recomputed, *backward)]
     weights = blocks * (d * (qkv + hidden) + (values + hidden) * d) + 2 * vocabulary * d
     rest = [
         Part("embedding and its gradient", 2 * rows * 2 * d, 0),
         Part("logits and their gradients", 3 * rows * (2 * d + 4 * vocabulary), 3 * 2 * rows * d * vocabulary),
         Part("loss and its gradient", 4 * rows * 2 * vocabulary, 0),
-        Part("optimizer", 28 * weights, 0),  # weight, momentum, velocity read and written, gradient read, float32
+        # Weight, momentum, velocity and average read and written, gradient read, float32.
+        Part("optimizer", 36 * weights, 0),
     ]
     return [*of_blocks, *rest]
 

@@ -7,7 +7,8 @@ Each row runs in a process of its own: `compile` and a training step as `fit` ru
 AdamW, its moving average and the metric, in mixed_bfloat16. First call: from the call of the first step to its loss.
 Milliseconds: the median of groups of four steps, each group waited for once. Peak: TensorFlow's own statistics of the
 steps after the first. Floor: `step_floor.py`, with the rates measured first. Busy: time in which the GPU runs anything,
-from a profile of two steps, over the time of a step. Peers: `peers/torch_transformer.py`, the same model in PyTorch,
+from a profile of two steps (without command buffers, which hide kernels), over the time of a step (with them).
+Peers: `peers/torch_transformer.py`, the same model in PyTorch,
 each block compiled, with fused AdamW.
 """
 
@@ -111,7 +112,7 @@ def measure_ours(row, profiled):
     if profiled:
         import device_profile
 
-        busy, _, kernels = device_profile.profile(lambda: steps(2))
+        busy, kernels = device_profile.profile(lambda: steps(2))
         return {"busy_ms": busy / 2 * 1e3, "kernels": [[name, n / 2, 1e3 * s / 2] for name, n, s in kernels[:40]]}
     tf.config.experimental.reset_memory_stats("GPU:0")
     times = []
@@ -197,9 +198,10 @@ def run_row(row, rates, profiles):
                 "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer=",
             }
             profile = run_child(__file__, "--row", json.dumps(row), "--profile", environment=seen)
-            found |= profile
-            if "busy_ms" in profile:
-                found["busy"] = profile["busy_ms"] / found["ms"]
+            if "error" in profile:
+                found["profile_error"] = profile["error"]
+            else:
+                found |= profile | {"busy": profile["busy_ms"] / found["ms"]}
     return row | found
 
 

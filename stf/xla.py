@@ -11,7 +11,7 @@ def set_flags():
     """Adds `FLAGS` to the environment's XLA_FLAGS; a flag that is set there already is left as it is.
 
     XLA reads them at its first compilation: they hold for programs that are compiled after that, so stf must be
-    imported before anything is compiled.
+    imported before anything is compiled. Where it comes too late, gradients of a large model are wrong on some GPUs.
     """
     given = os.environ.get("XLA_FLAGS", "")
     added = [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}" not in given]

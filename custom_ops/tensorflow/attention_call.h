@@ -86,7 +86,7 @@ struct Packing {
     if (packed.dims() != 3)
       return InvalidArgument("query_key_value must be [batch, position, width]. Received: query_key_value=", packed.DebugString());
     const int64_t values = packed.dim_size(2) - 2 * heads * key_depth;
-    if (values < 0 || values % heads != 0)
+    if (values < heads || values % heads != 0)
       return InvalidArgument("query_key_value must have a width of num_heads * (2 key_depth + value_depth) with num_heads=", heads,
                              " and key_depth=", key_depth, ". Received: query_key_value=", packed.DebugString());
     const tensorflow::TensorShape query({packed.dim_size(0), packed.dim_size(1), heads, key_depth});

@@ -85,7 +85,7 @@ absl::Status InferPackedShapes(InferenceContext* c, ShapeHandle* packed, ShapeHa
   DimensionHandle depth = c->UnknownDim();
   if (const DimensionHandle width = c->Dim(*packed, 2); c->ValueKnown(width)) {
     const int64_t values = c->Value(width) - 2 * heads * key_depth;
-    if (values < 0 || values % heads != 0)
+    if (values < heads || values % heads != 0)
       return InvalidArgument("query_key_value must have a width of num_heads * (2 key_depth + value_depth) with num_heads=", heads,
                              " and key_depth=", key_depth, ". Received: query_key_value=", c->DebugString(*packed));
     depth = c->MakeDim(values / heads);

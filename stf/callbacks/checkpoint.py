@@ -10,7 +10,7 @@ class Checkpoint(keras.callbacks.Callback):
     """Saves model, optimizer and seeds to one file after each epoch; the last good one is always there.
 
     The file is written under another name and then renamed, so that a run killed at any moment leaves a whole
-    one. What has been done is in it: `optimizer.iterations` says how many steps.
+    one. What has been done is in it: `stf.training.steps_taken` says how many batches.
 
     Args:
         path: a `.keras` file.

@@ -70,6 +70,11 @@ def dense(x, kernel, bias):
     return tf.matmul(x, tf.cast(kernel, x.dtype)) + tf.cast(bias, x.dtype)
 
 
+def _rows(x):
+    """Batch and positions of a tensor, each an int where it is known."""
+    return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape[:2])]
+
+
 class BlockWeights(NamedTuple):
     """The weights that a block computes with, or, with an axis of blocks in front, those of a stack.
 
@@ -129,9 +134,9 @@ class Block:
         """Queries, keys and values apart: `[batch, position, head, depth]` each."""
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         parts = tf.split(query_key_value, [keys, keys, values], -1)
-        batch, positions = tf.unstack(tf.shape(query_key_value)[:2])
+        rows = _rows(query_key_value)
         depths = (self.key_dim, self.key_dim, self.value_dim)
-        return [tf.reshape(part, [batch, positions, self.num_heads, d]) for part, d in zip(parts, depths, strict=True)]
+        return [tf.reshape(part, [*rows, self.num_heads, d]) for part, d in zip(parts, depths, strict=True)]
 
     def attend(self, query_key_value):
         """Attention of each head `[batch, position, head, value_dim]`; its log-sum-exp `[batch, head, position]`."""
@@ -153,8 +158,7 @@ class Block:
     def combine(self, heads):
         """The output projection of all heads' attention, `[batch, position, width]`."""
         w = self.weights
-        shape = tf.shape(heads) if None in heads.shape[:2] else heads.shape
-        heads = tf.reshape(heads, [shape[0], shape[1], self.num_heads * self.value_dim])
+        heads = tf.reshape(heads, [*_rows(heads), self.num_heads * self.value_dim])
         return dense(heads, w.attention_output_kernel, w.attention_output_bias)
 
     def add_attention(self, stream, heads, seed=None):

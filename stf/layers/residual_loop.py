@@ -45,17 +45,20 @@ class ResidualLoop:
         return stream
 
     def differentiable(self, stream):
-        """The blocks, with the gradient of this module."""
+        """The blocks, with the gradient of this module. Differentiable once."""
 
         @tf.custom_gradient
         def run(stream, *weights):
+            # No tape sees what happens here, or it would keep it (eagerly).
+            stream, *weights = map(tf.stop_gradient, (stream, *weights))
             output, kept = self._forward(stream, BlockWeights(*weights))
 
-            def gradient(upstream):
-                stream, grads = self._backward(BlockWeights(*weights), kept, upstream)
-                return (stream, *grads)
+            @tf.custom_gradient
+            def gradient(upstream, *inputs):
+                stream, grads = self._backward(BlockWeights(*weights), kept, tf.stop_gradient(upstream))
+                return (stream, *grads), _not_twice
 
-            return output, gradient
+            return output, lambda upstream: gradient(upstream, stream, *weights)
 
         return run(stream, *self._weights)
 
@@ -191,3 +194,7 @@ def _vjp(function, weights, *inputs):
         return grads[: len(inputs)], grads[len(inputs) :]
 
     return value, back
+
+
+def _not_twice(*grads):
+    raise LookupError("SparseResidualStack is differentiable once in training; call it with training=False for more.")

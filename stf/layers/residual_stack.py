@@ -1,5 +1,7 @@
 """A stack of residual blocks whose weights are stacked, run by one loop."""
 
+import numbers
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -30,7 +32,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
     | `"attention"` | the attention's output and log-sum-exp | all but the attention |
     | `False` | query, key, value, attention's output and log-sum-exp, H + a, the hidden layer | norms, activations |
 
-    Gradients are the same to rounding in all three.
+    Gradients are the same to rounding in all three. Unlike a block's own layer, a stack takes no lengths and no masks.
 
     Example:
 
@@ -86,20 +88,22 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.num_blocks = positive("num_blocks", num_blocks)
+        if not isinstance(patterns, list | tuple) or not patterns:
+            raise ValueError(f"`patterns` must be a list of at least one pattern. Received: patterns={patterns!r}")
         self.patterns = [stf_patterns.get(pattern) for pattern in patterns]
-        if not self.patterns:
-            raise ValueError("`patterns` must hold at least one pattern. Received: patterns=[]")
         self.num_heads = positive("num_heads", num_heads)
         for pattern in self.patterns:
             pattern.check_heads(self.num_heads)
         self.key_dim = positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else positive("value_dim", value_dim)
         self.ff_dim = None if ff_dim is None else positive("ff_dim", ff_dim)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be a number from 0 to less than 1. Received: dropout={dropout!r}")
-        if recompute not in RECOMPUTE or isinstance(recompute, int) and not isinstance(recompute, bool):
+        if not epsilon > 0:
+            raise ValueError(f"`epsilon` must be above 0. Received: epsilon={epsilon!r}")
+        if not isinstance(recompute, bool) and recompute != "attention":
             raise ValueError(f"`recompute` must be one of {RECOMPUTE}. Received: recompute={recompute!r}")
-        self.dropout = dropout
+        self.dropout = float(dropout)
         self.recompute = recompute
         self.epsilon = epsilon
         self.kernel_initializer = keras.initializers.get(kernel_initializer)

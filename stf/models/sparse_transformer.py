@@ -93,9 +93,9 @@ class SparseTransformer(keras.Model):
             )
         self.length = length
         self.position_shape = tuple(position_shape)
+        if not isinstance(patterns, list | tuple) or not patterns:
+            raise ValueError(f"patterns must be a list of at least one pattern. Received: patterns={patterns!r}")
         self.patterns = [stf_patterns.get(pattern) for pattern in patterns]
-        if not self.patterns:
-            raise ValueError("patterns must hold at least one pattern. Received: patterns=[]")
         self.num_blocks = num_blocks
         self.num_heads = num_heads
         self.model_dim = model_dim
@@ -130,10 +130,11 @@ class SparseTransformer(keras.Model):
             **policy,
         )
         self.final_norm = keras.layers.LayerNormalization(epsilon=1e-5, name="final_norm", **policy)
+        exact = "float64" if self.compute_dtype == "float64" else "float32"
         # W_out begins at 0 (Section 6): the first loss is that of the uniform distribution. Logits are float32 under
-        # every policy: bfloat16's steps at their usual size, 0.03, would show in the bits.
+        # every policy but float64: bfloat16's steps at their usual size, 0.03, would show in the bits.
         self.logits = keras.layers.Dense(
-            vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", dtype=self.variable_dtype
+            vocab_size, use_bias=False, kernel_initializer="zeros", name="logits", dtype=exact
         )
         self.build((None, length))
 
@@ -169,9 +170,8 @@ class SparseTransformer(keras.Model):
 
     def _symbolic_build(self, iterator=None, data_batch=None):
         # Under several replicas Keras 3.15 builds from the mean of their batches, in which tokens are float64.
-        data_batch = keras.tree.map_structure(
-            lambda x: tf.cast(x, tf.int32) if getattr(x, "dtype", None) == tf.float64 else x, data_batch
-        )
+        if self.distribute_strategy.num_replicas_in_sync > 1 and isinstance(data_batch, tuple):
+            data_batch = (tf.cast(data_batch[0], tf.int32), *data_batch[1:])
         super()._symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def get_compile_config(self):

@@ -1,5 +1,7 @@
 """Attention of queries, keys and values that lie side by side in one tensor, as one matrix product gives them."""
 
+import numbers
+
 import tensorflow as tf
 
 from stf.ops import library
@@ -28,7 +30,7 @@ def packed_attention(query_key_value, pattern, num_heads, key_depth):
         LibraryNotFoundError: the op library is missing; says what to do.
     """
     for name, value in (("num_heads", num_heads), ("key_depth", key_depth)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be an int, 1 or more. Received: {name}={value!r}")
     pattern.check_heads(num_heads)
     output, log_sum_exp = library.load().stf_packed_attention(
@@ -46,6 +48,15 @@ def packed_attention_gradient(query_key_value, pattern, num_heads, key_depth, ou
     """The gradient of `packed_attention`'s first argument, from what it gave and the gradient of its output.
 
     For whoever keeps output and log-sum-exp under a tape of their own: attention is not computed again.
+
+    Args:
+        query_key_value, pattern, num_heads, key_depth: what `packed_attention` was called with.
+        output: `[batch, position, head, value_depth]`, and
+        log_sum_exp: `[batch, head, position]`, what it gave.
+        output_grad: like `output`.
+
+    Returns:
+        A tensor like `query_key_value`.
     """
     return library.load().stf_packed_attention_grad(
         query_key_value=query_key_value,

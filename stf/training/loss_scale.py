@@ -16,9 +16,9 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
 
     Args:
         inner_optimizer: what takes the unscaled gradients. An `AdamW` counts what is skipped, and is not given
-            gradients that are divided, but the scale.
+            gradients that are divided, but the scale. Another one cannot be used under several replicas.
         initial_scale: 2^16 unless given.
-        floor: the least scale, 2^10 unless given.
+        floor: below which the scale does not fall, 2^10 unless given.
         dynamic_growth_steps: steps without a non-finite gradient before the scale doubles.
     """
 
@@ -40,6 +40,8 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
     def apply(self, grads, trainable_variables=None):
         """Updates variables by gradients of the scaled loss, unless those are not finite."""
         grads = list(grads)
+        if trainable_variables is None and not self.built:
+            raise ValueError("trainable_variables must be given before the optimizer is built. Received: None")
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(list(trainable_variables))

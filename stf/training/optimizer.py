@@ -18,7 +18,7 @@ class AdamW(keras.optimizers.Optimizer):
     start vector are not decayed. (The authors' follow-up code decays the start vector too.)
 
     Args:
-        learning_rate: a number or a schedule, such as `WarmupCosine`, of the updates so far.
+        learning_rate: a float or a schedule, such as `WarmupCosine`, of the updates so far.
         weight_decay: times the learning rate, the share by which decayed weights shrink; 0.01 in the paper.
         beta_1, beta_2, epsilon: of Adam (Kingma and Ba 2015); 0.999 for beta_2 is the authors' follow-up code's.
         global_clipnorm: the largest norm of all gradients together, 1 in the paper; None does not clip.
@@ -51,8 +51,8 @@ class AdamW(keras.optimizers.Optimizer):
             )
         if global_clipnorm is not None and not global_clipnorm > 0:
             raise ValueError(f"global_clipnorm must be above 0, or None. Received: global_clipnorm={global_clipnorm!r}")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay must be 0 or more. Received: weight_decay={weight_decay!r}")
+        if weight_decay is not None and not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more, or None. Received: weight_decay={weight_decay!r}")
         self.weight_decay = weight_decay
         self.beta_1 = beta_1
         self.beta_2 = beta_2
@@ -84,8 +84,8 @@ class AdamW(keras.optimizers.Optimizer):
         return self.add_variable((), dtype=dtype, aggregation="only_first_replica", name=name)
 
     def averages(self):
-        """Pairs of (weight, variable of its moving average); none where there is no average."""
-        if not self.built or self.average is None:
+        """Pairs of (weight, variable of its moving average); none where there is no average, or no update yet."""
+        if not self.built or self.average is None or not int(tf.convert_to_tensor(self._iterations.value)):
             return []
         return list(zip(self._trainable_variables, self._slots["average"], strict=True))
 
@@ -105,6 +105,8 @@ class AdamW(keras.optimizers.Optimizer):
             Whether the gradients were finite, a bool scalar.
         """
         grads = list(grads)
+        if trainable_variables is None and not self.built:
+            raise ValueError("trainable_variables must be given before the optimizer is built. Received: None")
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if not self.built:
             with keras.name_scope(self.name):
@@ -132,8 +134,12 @@ class AdamW(keras.optimizers.Optimizer):
         changes.append((self._iterations, self._iterations.value + tf.cast(taken, self._iterations.dtype)))
         factor = tf.constant(1.0) if self.global_clipnorm is None else tf.minimum(1.0, self.global_clipnorm / norm)
         factor = factor if inverse is None else factor * inverse
+        weights = {index: variable.value for index, variable in enumerate(self._trainable_variables)}
         for index, grad in zip(indices, grads, strict=True):
-            changes += self._change(index, grad * tf.cast(factor, grad.dtype), taken)
+            weights[index], slots = self._update(index, grad * tf.cast(factor, grad.dtype), taken)
+            changes += [(self._trainable_variables[index], weights[index]), *slots]
+        if self.average is not None:
+            changes += [self._averaged(index, weight, taken) for index, weight in weights.items()]
         assign_all(changes)
         return finite
 
@@ -162,30 +168,33 @@ class AdamW(keras.optimizers.Optimizer):
             means.append(total / self.accumulation_steps)
         return due, means, _norm(means), changes
 
-    def _change(self, index, grad, taken):
-        """The new values of a variable and of its slots: Adam's update where it is taken, the old ones elsewhere."""
+    def _update(self, index, grad, taken):
+        """Adam's update of a variable where it is taken: its new value, and the changes of its slots."""
         variable = self._trainable_variables[index]
         weight = tf.convert_to_tensor(variable.value)
         momentum, velocity = (tf.convert_to_tensor(self._slots[name][index].value) for name in ("momentum", "velocity"))
-        step = tf.cast(self._iterations.value + 1, weight.dtype)
-        rate = tf.cast(self.learning_rate, weight.dtype)
-        correction = tf.sqrt(1.0 - tf.pow(tf.cast(self.beta_2, weight.dtype), step))
-        correction /= 1.0 - tf.pow(tf.cast(self.beta_1, weight.dtype), step)
+        # In float32 whatever the weight is: 0.999 is 1 in bfloat16.
+        step = tf.cast(self._iterations.value + 1, tf.float32)
+        rate = tf.cast(self.learning_rate, tf.float32)
+        corrected = rate * tf.sqrt(1.0 - tf.pow(self.beta_2, step)) / (1.0 - tf.pow(self.beta_1, step))
         new_momentum = momentum + (grad - momentum) * (1.0 - self.beta_1)
         new_velocity = velocity + (tf.square(grad) - velocity) * (1.0 - self.beta_2)
-        decayed = weight - weight * (rate * self.weight_decay) if self._use_weight_decay(variable) else weight
-        new_weight = decayed - rate * correction * new_momentum / (tf.sqrt(new_velocity) + self.epsilon)
-        changes = [
-            (variable, tf.where(taken, new_weight, weight)),
+        new_weight = weight - tf.cast(corrected, weight.dtype) * new_momentum / (tf.sqrt(new_velocity) + self.epsilon)
+        if self._use_weight_decay(variable):
+            new_weight -= weight * tf.cast(rate * self.weight_decay, weight.dtype)
+        if variable.constraint is not None:
+            new_weight = variable.constraint(new_weight)
+        return tf.where(taken, new_weight, weight), [
             (self._slots["momentum"][index], tf.where(taken, new_momentum, momentum)),
             (self._slots["velocity"][index], tf.where(taken, new_velocity, velocity)),
         ]
-        if self.average is not None:
-            average = self._slots["average"][index]
-            kept = tf.cast(self.average, weight.dtype) * tf.cast(step > 1, weight.dtype)
-            mean = kept * average.value + (1.0 - kept) * new_weight
-            changes.append((average, tf.where(taken, mean, average.value)))
-        return changes
+
+    def _averaged(self, index, weight, taken):
+        """The change of a weight's moving average, which begins as the weight after the first update."""
+        average = self._slots["average"][index]
+        kept = tf.cast(tf.where(tf.equal(self._iterations.value, 0), 0.0, self.average), average.dtype)
+        mean = kept * average.value + (1.0 - kept) * tf.cast(weight, average.dtype)
+        return average, tf.where(taken, mean, average.value)
 
     def _use_weight_decay(self, variable):
         rank = len(variable.shape) - getattr(variable, "stacked_axes", 0)
@@ -216,7 +225,7 @@ def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.99
     `compile` puts it into Keras' LossScaleOptimizer.
 
     Args:
-        learning_rate: a number or a schedule, such as `WarmupCosine`.
+        learning_rate: a float or a schedule, such as `WarmupCosine`.
         weight_decay, global_clipnorm: from the paper.
         beta_2: from the authors' follow-up code.
         average: momentum of a moving average of the weights, to evaluate and sample with (see `use_average` and
@@ -245,8 +254,7 @@ def use_average(model):
 
 
 def steps_taken(optimizer):
-    """Batches that an optimizer has seen, skipped ones and those of an unfinished accumulation too."""
-    batches = getattr(optimizer, "batches", None)
-    if batches is None:
-        batches = getattr(getattr(optimizer, "inner_optimizer", optimizer), "batches", optimizer.iterations)
+    """Batches that an optimizer has seen: of an `AdamW` also skipped ones, and those of an unfinished accumulation."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    batches = getattr(inner, "batches", optimizer.iterations)
     return int(tf.convert_to_tensor(batches))

@@ -1,5 +1,7 @@
 """SparseResidualStack: the same numbers as its blocks one by one, whatever it keeps and however it is run."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -386,3 +388,43 @@ def test_refuses_blocks_names_and_shapes_that_it_does_not_have():
             stack.set_block_weights(0, {"output_bias": np.ones(WIDTH)} | weights)
         for a, b in zip(before, stack.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)  # not even the part that would have fitted
+
+
+def test_eager_training_keeps_what_recompute_says():
+    """Memory that tensors of a training pass hold until the gradient is taken, in tensors of the stream."""
+    held = {}
+    x = tf.random.stateless_normal([4, 64, 32], [1, 2])
+    for recompute in (True, False):
+        stack = SparseResidualStack(6, [Local(8)], 2, 16, ff_dim=64, recompute=recompute, seed=1)
+        stack(x)
+        gc.collect()
+        before = {id(thing) for thing in gc.get_objects() if isinstance(thing, tf.Tensor)}
+        with tf.GradientTape() as tape:
+            y = stack(x, training=True)
+        gc.collect()
+        made = [t for t in gc.get_objects() if isinstance(t, tf.Tensor) and id(t) not in before]
+        held[recompute] = sum(np.prod(t.shape) for t in made if t.shape.rank and t.shape[0] == 4) / np.prod(x.shape)
+        assert tape.gradient(y, stack.trainable_variables) is not None
+    # Kept of a block: its input; or that, attention's output and log-sum-exp, query-key-value, H + a and hidden layer.
+    assert held[True] <= 6 + 2
+    assert 6 * 8 <= held[False] <= 6 * 9.1 + 2
+
+
+def test_second_derivatives_are_refused_in_training():
+    stack = SparseResidualStack(2, [Local(4)], 2, 4, dtype="float64", seed=1)
+    x = tf.random.stateless_normal([1, 8, 8], [1, 2], dtype=tf.float64)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = tf.reduce_sum(stack(x, training=True) ** 2)
+        first = inner.gradient(y, x)
+    with pytest.raises(LookupError, match="differentiable once"):
+        outer.gradient(first, x)
+
+
+def test_float64_with_a_dynamic_batch():
+    stack = SparseResidualStack(3, [Local(4), Strided(4)], 2, 4, dtype="float64", seed=1)
+    x = tf.random.stateless_normal([2, 12, 8], [1, 2], dtype=tf.float64)
+    call = tf.function(stack, input_signature=[tf.TensorSpec([None, 12, 8], tf.float64)])
+    np.testing.assert_allclose(call(x), stack(x), rtol=1e-12)

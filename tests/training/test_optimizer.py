@@ -268,3 +268,63 @@ def test_refuses_bad_arguments(arguments, says):
         optimizer(1e-3, **arguments)
     with pytest.raises(ValueError, match="none for any variable"):
         AdamW().apply([None], [keras.Variable(1.0)])
+
+
+def averaging(**options):
+    model = SparseTransformer(24, (4, 6), [Local(6)], 1, 2, 8, vocab_size=16, seed=1)
+    model.compile(stf.training.optimizer(1e-2, average=0.9, **options), stf.training.cross_entropy())
+    return model
+
+
+def test_without_an_update_the_average_is_nobodys_weights():
+    """Neither at the end of `fit`, in the midst of an accumulation or with every step skipped, nor in validation."""
+    x = np.random.default_rng(0).integers(0, 16, (4, 24)).astype(np.int32)
+    accumulating, broken, fresh = averaging(accumulation_steps=4), averaging(), averaging()
+    broken.logits.kernel.assign(np.full(broken.logits.kernel.shape, np.nan))
+    for model in (accumulating, broken):
+        before = model.get_weights()
+        model.fit(x, x, batch_size=2, verbose=0)
+        for a, b in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+    plain = fresh.evaluate(x, x, verbose=0)
+    assert fresh.evaluate(x, x, verbose=0, callbacks=[stf.callbacks.MovingAverage()]) == plain
+
+
+def test_weights_without_a_gradient_are_their_own_average():
+    x = np.random.default_rng(0).integers(0, 16, (4, 24)).astype(np.int32)
+    model = averaging()
+    model.embedding.trainable = False
+    before = model.embedding.get_weights()
+    model.fit(x, x, batch_size=2, verbose=0)
+    for a, b in zip(model.embedding.get_weights(), before, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    first, second = (keras.Variable(np.full(2, value, "float32")) for value in (1.0, 5.0))
+    adam = AdamW(0.1, weight_decay=0.0, average=0.5)
+    adam.build([first, second])
+    adam.apply([tf.ones([2]), None], [first, second])
+    adam.apply([tf.ones([2]), tf.ones([2])], [first, second])
+    averages = dict(zip(("first", "second"), (np.array(average) for _, average in adam.averages()), strict=True))
+    np.testing.assert_allclose(averages["second"], 0.5 * 5.0 + 0.5 * np.array(second), rtol=1e-6)
+
+
+def test_constraints_hold_after_an_update():
+    weight = keras.Variable(np.full(3, 0.01, "float32"))
+    weight.constraint = keras.constraints.NonNeg()
+    adam = AdamW(1.0, average=0.5)
+    adam.build([weight])
+    adam.apply([tf.ones([3])], [weight])
+    np.testing.assert_array_equal(weight, np.zeros(3))
+
+
+def test_weights_in_bfloat16_move():
+    weight = keras.Variable(np.ones((2, 2)), dtype="bfloat16")
+    adam = AdamW(0.1, weight_decay=0.0)
+    adam.build([weight])
+    adam.apply([tf.ones([2, 2], tf.bfloat16)], [weight])
+    np.testing.assert_allclose(tf.cast(weight.value, tf.float32), np.full((2, 2), 0.9), rtol=1e-2)
+
+
+@pytest.mark.parametrize("wrap", [lambda adam: adam, stf.training.LossScale])
+def test_needs_variables_before_it_is_built(wrap):
+    with pytest.raises(ValueError, match="trainable_variables"):
+        wrap(AdamW(0.1)).apply([tf.ones([2])])
