@@ -147,7 +147,7 @@ def test_outputs_and_gradients_are_those_of_the_blocks(num_blocks, patterns, per
         ("period 4 and three", "attention", "function"),
         ("patterns of heads", True, "function"),
         ("period 2 and a block", True, "jit"),
-        ("period 4 and three", "attention", "jit"),
+        pytest.param("period 4 and three", "attention", "jit", marks=pytest.mark.slow),
         ("patterns of heads", False, "jit"),
         ("one block", True, "jit"),
     ],
@@ -179,7 +179,7 @@ def test_the_comparison_would_see_a_wrong_mask_and_a_wrong_block():
     assert not np.allclose(other(numbers()), trained(make(dropout=0.0))(numbers()), atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("jit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_gradients_in_half_precision_err_no_more_than_autodiff_does(policy, mode):
     """Mean squares of the errors over several draws of the weights, beside those of layers under a tape."""

@@ -69,7 +69,7 @@ def found(*names):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["", ", accumulating"])
+@pytest.mark.parametrize("kind", [pytest.param("", marks=pytest.mark.slow), ", accumulating"])
 def test_two_replicas_do_what_one_does(kind):
     one, two = found(f"one{kind}", f"two{kind}").values()
     np.testing.assert_allclose(two, one, rtol=2e-5)
