@@ -180,7 +180,7 @@ def test_the_comparison_would_see_a_wrong_mask_and_a_wrong_block():
 
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param("jit", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_gradients_in_half_precision_err_no_more_than_autodiff_does(policy, mode):
     """Mean squares of the errors over several draws of the weights, beside those of layers under a tape."""
     stacks = [make(5, recompute=recompute, dtype=policy) for recompute in RECOMPUTE]

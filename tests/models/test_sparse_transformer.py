@@ -105,7 +105,7 @@ def test_seed_fixes_all_weights_and_makes_no_two_blocks_alike():
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("recompute", [False, "attention", True])
+@pytest.mark.parametrize("recompute", [False, pytest.param("attention", marks=pytest.mark.slow), True])
 def test_fit_learns_a_repeated_sequence(policy, recompute):
     keras.config.set_dtype_policy(policy)
     try:
@@ -120,7 +120,10 @@ def test_fit_learns_a_repeated_sequence(policy, recompute):
     np.testing.assert_allclose(history["bits_per_dim"], np.array(history["loss"]) / np.log(2), rtol=1e-3)
 
 
-@pytest.mark.parametrize("recompute", [False, "attention", True])
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(False, marks=pytest.mark.slow), pytest.param("attention", marks=pytest.mark.slow), True],
+)
 def test_fit_compiled_by_xla_gives_the_same_losses(recompute):
     """Dropout's masks are the same too."""
     x = np.tile(tokens(batch=1), (4, 1))
