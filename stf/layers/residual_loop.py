@@ -142,7 +142,7 @@ class ResidualLoop:
             i = self._periods - 1 - step
             for k in reversed(range(self._period)):
                 j = i * self._period + k
-                # Not stacked: TensorFlow's kernels outside XLA go wrong in tensors of more than 2^31 elements.
+                # Not stacked: outside XLA a GPU's gradients were wrong with stacks past 2^31 elements (docs/xla.md).
                 tensors = [array.read(j) for array in arrays]
                 block, seed = self._block(i, k, weights), self._seed_of(i, k)
                 upstream, grads = self._block_gradient(block, tensors, seed, upstream)

@@ -75,11 +75,9 @@ class SparseTransformer(keras.Model):
         **kwargs,
     ):
         super().__init__(**{"autocast": False} | kwargs)  # of inputs: tokens are no numbers to cast
-        sizes = {"length": length, "num_blocks": num_blocks, "num_heads": num_heads, "model_dim": model_dim}
-        optional = {"key_dim": key_dim, "value_dim": value_dim, "ff_dim": ff_dim}
-        for name, size in (sizes | {k: v for k, v in optional.items() if v is not None}).items():
-            positive(name, size)
-        positive("vocab_size", vocab_size)
+        length, num_blocks = positive("length", length), positive("num_blocks", num_blocks)
+        num_heads, model_dim = positive("num_heads", num_heads), positive("model_dim", model_dim)
+        vocab_size = positive("vocab_size", vocab_size)
         if init not in READINGS:
             raise ValueError(f"init must be one of {READINGS}. Received: init={init!r}")
         if math.prod(position_shape) < length:
@@ -92,16 +90,16 @@ class SparseTransformer(keras.Model):
                 f"Received: model_dim={model_dim}, num_heads={num_heads}"
             )
         self.length = length
-        self.position_shape = tuple(position_shape)
+        self.position_shape = tuple(positive("position_shape", size) for size in position_shape)
         if not isinstance(patterns, list | tuple) or not patterns:
             raise ValueError(f"patterns must be a list of at least one pattern. Received: patterns={patterns!r}")
         self.patterns = [stf_patterns.get(pattern) for pattern in patterns]
         self.num_blocks = num_blocks
         self.num_heads = num_heads
         self.model_dim = model_dim
-        self.key_dim = model_dim // num_heads if key_dim is None else key_dim
-        self.value_dim = model_dim // num_heads if value_dim is None else value_dim
-        self.ff_dim = 4 * model_dim if ff_dim is None else ff_dim
+        self.key_dim = model_dim // num_heads if key_dim is None else positive("key_dim", key_dim)
+        self.value_dim = model_dim // num_heads if value_dim is None else positive("value_dim", value_dim)
+        self.ff_dim = 4 * model_dim if ff_dim is None else positive("ff_dim", ff_dim)
         self.dropout = dropout
         self.recompute = recompute
         self.vocab_size = vocab_size

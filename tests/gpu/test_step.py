@@ -1,7 +1,7 @@
 """The paper's CIFAR-10 model at its size on a GPU: 128 blocks, batch 16, 3,072 positions.
 
 What is true of small models need not be at this size: XLA's Triton matrix products and TensorFlow's own kernels in
-tensors of more than 2^31 elements were seen to be wrong here and nowhere else.
+stacks of more than 2^31 elements are the cases known (docs/xla.md).
 """
 
 import gc

@@ -233,3 +233,12 @@ def test_refuses_bad_arguments_by_their_own_names(arguments, says):
 @pytest.mark.parametrize("name", ["key_dim", "value_dim", "ff_dim"])
 def test_a_width_that_is_given_is_not_taken_for_the_default(name):
     assert getattr(make(**{name: 3}), name) == 3
+
+
+def test_sizes_may_be_numpys(tmp_path):
+    sizes = dict(length=24, num_blocks=2, num_heads=2, model_dim=8, key_dim=3, value_dim=5, ff_dim=7, vocab_size=11)
+    model = make(position_shape=tuple(np.array([6, 4])), **{name: np.int64(size) for name, size in sizes.items()})
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert {name: loaded.get_config()[name] for name in sizes} == sizes
+    np.testing.assert_array_equal(loaded(tokens()), model(tokens()))
