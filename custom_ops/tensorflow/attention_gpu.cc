@@ -4,7 +4,7 @@
 #define EIGEN_USE_GPU
 #include "custom_ops/attention/cuda/attention.h"
 #include "custom_ops/tensorflow/attention_call.h"
-#include "tensorflow/core/platform/mutex.h"
+#include "custom_ops/tensorflow/layouts_on_device.h"
 
 namespace stf {
 namespace {
@@ -29,7 +29,7 @@ class AttentionGpuBase : public AttentionBase<T, kPacked> {
   absl::Status Prepare(OpKernelContext* context, stf_problem* problem) {
     TF_RETURN_IF_ERROR(this->Read(context, problem));
     TF_RETURN_IF_ERROR(CheckForGpu(*problem));
-    return CopyLayouts(context, problem);
+    return layouts_.Get(context, this->layouts(), &problem->layouts);
   }
 
   cudaStream_t Stream(OpKernelContext* context) const { return context->eigen_gpu_device().stream(); }
@@ -39,25 +39,7 @@ class AttentionGpuBase : public AttentionBase<T, kPacked> {
   }
 
  private:
-  // Block layouts go to the device once for each kernel.
-  absl::Status CopyLayouts(OpKernelContext* context, stf_problem* problem) {
-    problem->layouts = nullptr;
-    const std::string& bits = this->layouts();
-    if (bits.empty()) return absl::OkStatus();
-    tensorflow::mutex_lock lock(mutex_);
-    if (!copied_) {
-      TF_RETURN_IF_ERROR(context->allocate_temp(tensorflow::DT_UINT8, TensorShape({static_cast<int64_t>(bits.size())}), &layouts_));
-      TF_RETURN_IF_ERROR(
-          Launched(cudaMemcpyAsync(layouts_.flat<uint8_t>().data(), bits.data(), bits.size(), cudaMemcpyHostToDevice, Stream(context))));
-      copied_ = true;
-    }
-    problem->layouts = layouts_.flat<uint8_t>().data();
-    return absl::OkStatus();
-  }
-
-  tensorflow::mutex mutex_;
-  Tensor layouts_ TF_GUARDED_BY(mutex_);
-  bool copied_ TF_GUARDED_BY(mutex_) = false;
+  LayoutsOnDevice layouts_;
 };
 
 template <typename T, bool kPacked>

@@ -2,10 +2,9 @@
 //
 // REGISTER_XLA_OP is read once, at the first use of XLA, so that a library loaded later is not seen; kernels registered for XLA's own
 // devices are seen whenever they come.
-#include <cstdio>
-
 #include "custom_ops/tensorflow/attention_call.h"
 #include "custom_ops/tensorflow/attention_calls.h"
+#include "custom_ops/tensorflow/call_attributes.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/layout_util.h"
@@ -21,29 +20,10 @@ namespace {
 using tensorflow::OpKernelConstruction;
 using tensorflow::XlaOpKernelContext;
 
-// Attributes as MLIR writes them, which is how custom calls take theirs.
 std::string Written(const Program& program, const Packing& packing) {
-  std::string text = "{";
-  if (packing.heads) {
-    text += "num_heads = " + std::to_string(packing.heads) + " : i64, key_depth = " + std::to_string(packing.key_depth) + " : i64, ";
-  }
-  text += "components = array<i64";
-  const char* separator = ": ";
-  for (const stf_component& c : program.components) {
-    for (const int64_t x : {c.kind, c.a, c.b, c.c, c.d, c.exclude}) {
-      text += separator + std::to_string(x);
-      separator = ", ";
-    }
-  }
-  text += ">, program_begin = array<i32";
-  separator = ": ";
-  for (const int32_t x : program.begin) {
-    text += separator + std::to_string(x);
-    separator = ", ";
-  }
-  char scale[32];
-  std::snprintf(scale, sizeof(scale), "%.9e", program.scale);  // nine digits give every float back
-  return text + ">, scale = " + scale + " : f32}";
+  CallAttributes attributes;
+  if (packing.heads) attributes.Add("num_heads", packing.heads).Add("key_depth", packing.key_depth);
+  return attributes.Add(program).text();
 }
 
 // Bytes of device memory that a call needs beside its arguments and results.

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from stf import ops
 from stf import patterns as stf_patterns
 from stf.layers.attention import SparseAttention
 from stf.layers.block import Block, BlockWeights, folded
@@ -257,8 +258,26 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
     def call(self, inputs, training=None):
         drops = training and self.seed_generator is not None
         seed = tf.cast(self.seed_generator.next(), tf.int32) if drops else None
-        run = ResidualLoop(self._block, self._weights(), self.period, self.recompute, seed)
+        weights = self._weights()
+        if training and self._runs_as_one_op(inputs):
+            return ops.residual_stack(
+                inputs,
+                weights,
+                seed,
+                [self.pattern(index) for index in range(self.period)],
+                self.num_heads,
+                self.key_dim,
+                self.dropout,
+                self.epsilon,
+                self.recompute,
+            )
+        run = ResidualLoop(self._block, weights, self.period, self.recompute, seed)
         return run.differentiable(inputs) if training else run(inputs)
+
+    def _runs_as_one_op(self, inputs):
+        """Whether a training step is the GPU's op, and not a loop of TensorFlow's."""
+        width, hidden = self._stacked["hidden_kernel"].shape[1:]
+        return ops.runs_residual_stack(inputs.dtype, width, hidden, self.num_heads, self.key_dim, self.value_dim)
 
     @property
     def period(self):

@@ -4,6 +4,7 @@ from stf.ops.attention import attention
 from stf.ops.library import LibraryNotFoundError, is_available, library_path
 from stf.ops.packed_attention import packed_attention, packed_attention_gradient
 from stf.ops.reference import reference_attention
+from stf.ops.residual_stack import residual_stack, runs_residual_stack
 
 __all__ = [
     "LibraryNotFoundError",
@@ -13,6 +14,8 @@ __all__ = [
     "packed_attention",
     "packed_attention_gradient",
     "reference_attention",
+    "residual_stack",
+    "runs_residual_stack",
 ]
 
 # The op's name is known from here on, where the library loads: tf.saved_model.load needs it.

@@ -1,0 +1,119 @@
+"""A stack of residual blocks as one op of the GPU: cuBLAS' products, stf's kernels between them, nothing copied.
+
+The op's kernels are those of bfloat16 and float16. Everything else, and every other device, takes TensorFlow's own loop
+over the blocks: `stf.layers.residual_loop`.
+"""
+
+import tensorflow as tf
+
+from stf.ops import library
+from stf.ops.attention import program_attributes
+from stf.patterns import Kind
+
+DTYPES = (tf.bfloat16, tf.float16)
+KEEP = {True: 0, "attention": 1, False: 2}  # by what is computed again: `stf_keep` of residual_stack.h
+MOST_WIDTH, MOST_DEPTH, VECTOR = 2048, 256, 8
+
+
+def runs_residual_stack(dtype, width, hidden, num_heads, key_depth, value_depth):
+    """Whether `residual_stack` takes a stack of these sizes here: halves, a GPU, and widths that are multiples of 8.
+
+    Args:
+        dtype: of the stream.
+        width: of the stream, 2,048 at most.
+        hidden: units of the feed-forward layers.
+        num_heads, key_depth, value_depth: of the attention; depths of 256 at most.
+    """
+    widths = (width, hidden, num_heads * value_depth, num_heads * (2 * key_depth + value_depth))
+    return (
+        dtype in DTYPES
+        and all(size % VECTOR == 0 for size in widths)
+        and width <= MOST_WIDTH
+        and max(key_depth, value_depth) <= MOST_DEPTH
+        and bool(tf.config.list_logical_devices("GPU"))
+        and hasattr(library.load(), "stf_residual_stack")
+    )
+
+
+def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0.0, epsilon=1e-6, recompute=False):
+    """Residual blocks one after another (Child et al. 2019, Eqs. 11-14). Differentiable once, the same bits every run.
+
+    Args:
+        inputs: H_0, `[batch, position, width]`, bfloat16 or float16.
+        weights: `stf.layers.block.BlockWeights` of tensors `[block, ...]`; kernels in the inputs' dtype.
+        seed: int32 `[2]` of dropout, or None for none. Block k drops by `seed + [k, 0]` after attention and by
+            `seed + [k, 2^30]` after feed-forward: see `stf.layers.dropout`.
+        patterns: the patterns that the blocks take in turn.
+        num_heads: heads of the attentions.
+        key_depth: depth of a head's query and key.
+        rate: of dropout.
+        epsilon: added to the variances of normalizations.
+        recompute: what the gradient computes again: see `stf.layers.SparseResidualStack`.
+
+    Returns:
+        H_N, `[batch, position, width]`.
+
+    Raises:
+        InvalidArgumentError: for shapes that do not fit; names the argument.
+    """
+    output, _, _ = library.load().stf_residual_stack(
+        inputs,
+        *(tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights),
+        tf.zeros([2], tf.int32) if seed is None else seed,
+        keep=KEEP[recompute],
+        num_heads=num_heads,
+        key_depth=key_depth,
+        epsilon=epsilon,
+        drop_below=0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
+        drop_scale=1 / (1 - rate),
+        scale=key_depth**-0.5,
+        **_program_attributes(patterns, num_heads),
+    )
+    return output
+
+
+def _program_attributes(patterns, num_heads):
+    """The programs of several patterns as those of one, and where each pattern's begin."""
+    components, begin, layouts, first = [], [0], b"", [0]
+    for pattern in patterns:
+        pattern.check_heads(num_heads)
+        of_pattern = program_attributes(pattern, num_heads)
+        records = list(of_pattern["components"])
+        for at in range(0, len(records), 6):
+            if records[at] == Kind.BLOCKS:
+                records[at + 2] += 8 * len(layouts)  # where its bits begin
+        begin += [len(components) // 6 + end for end in of_pattern["program_begin"][1:]]
+        components += records
+        layouts += of_pattern["layouts"]
+        first.append(len(begin) - 1)
+    return {"components": components, "program_begin": begin, "layouts": layouts, "first_program": first}
+
+
+ATTRIBUTES = (
+    "keep",
+    "num_heads",
+    "key_depth",
+    "epsilon",
+    "drop_below",
+    "drop_scale",
+    "scale",
+    "components",
+    "program_begin",
+    "layouts",
+    "first_program",
+)
+
+
+@tf.RegisterGradient("StfResidualStack")
+def _gradient(op, output_grad, *_):
+    _, *weights, seed = op.inputs
+    _, kept, statistics = op.outputs
+    grads = library.load().stf_residual_stack_grad(
+        kept, statistics, output_grad, *weights, seed, **{name: op.get_attr(name) for name in ATTRIBUTES}
+    )
+    return [*grads, None]
+
+
+@tf.RegisterGradient("StfResidualStackGrad")
+def _second_gradient(op, *grads):
+    raise LookupError("SparseResidualStack is differentiable once in training; call it with training=False for more.")
