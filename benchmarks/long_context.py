@@ -1,12 +1,14 @@
 """The longest context that trains on one GPU, for models of 3M, 25M and 152M parameters (Table 4 of the paper).
 
-    python benchmarks/long_context.py                            # benchmarks/results/long_context.json and .png
+    python benchmarks/long_context.py                            # benchmarks/results/long_context.json
     python benchmarks/long_context.py --models=3M --most=262144  # one model, up to a length
+    python benchmarks/long_context.py --draw                     # the picture alone, of what was measured
 
 The paper's models for 65,536 to 1,048,576 tokens of music (strided, l close to the root of the length) are run at
 lengths that double, one sequence a step, everything recomputed, in mixed_bfloat16, each in a process of its own, until
 one does not fit into the device's memory. Milliseconds and peak are those of `train_step.py`; both are drawn against
-the length, with the exponent of the time's growth between the last two lengths that fill the device. Needs matplotlib.
+the length, with the exponent of the time's growth between the last two lengths that fill the device (this needs
+matplotlib).
 """
 
 import argparse
@@ -15,14 +17,10 @@ import math
 import pathlib
 import sys
 
-import matplotlib
 import train_step
-from matplotlib import pyplot
 
-matplotlib.use("Agg")
 HERE = pathlib.Path(__file__).resolve().parent
 MODELS = {"3M": "audio-1m", "25M": "audio-262k", "152M": "audio-65k"}
-SHORTEST = 16384
 
 
 def stride_of(length):
@@ -36,9 +34,9 @@ def measure(preset, length):
     return train_step.run_child(train_step.__file__, "--row", json.dumps(row), seconds=900) | {"length": length}
 
 
-def longest(preset, most):
+def longest(preset, length, most):
     """Rows of a preset at lengths that double, to the first that does not run."""
-    rows, length = [], SHORTEST
+    rows = []
     while length <= most:
         rows.append(measure(preset, length))
         print(line(preset, rows[-1]), flush=True)
@@ -68,6 +66,11 @@ def exponent(rows):
 
 def draw(result, path):
     """Milliseconds and GiB of a step against the length, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, rows in result["models"].items():
         ran = [row for row in rows if "ms" in row]
@@ -91,21 +94,24 @@ def draw(result, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="which, of 3M, 25M and 152M")
+    parser.add_argument("--least", type=int, default=2**14, help="no shorter than this")
     parser.add_argument("--most", type=int, default=2**22, help="no longer than this")
     parser.add_argument("--output", default=str(HERE / "results" / "long_context.json"))
+    parser.add_argument("--draw", action="store_true", help="only draw what --output holds")
     options = parser.parse_args()
     output = pathlib.Path(options.output)
+    if options.draw:
+        return draw(json.loads(output.read_text()), output.with_suffix(".png"))
     rates = train_step.run_child(train_step.__file__, "--rates")
     if "error" in rates:
         sys.exit(f"no rates: {rates['error']}")
     result = rates | {"command": " ".join(["python benchmarks/long_context.py", *sys.argv[1:]]), "models": {}}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.models.split(","):
-        for rows in longest(MODELS[name], options.most):
+        for rows in longest(MODELS[name], options.least, options.most):
             result["models"][name] = rows
             output.write_text(json.dumps(result, indent=1) + "\n")  # after every row
-    draw(result, output.with_suffix(".png"))
-    print(f"written: {output} and {output.with_suffix('.png')}")
+    print(f"written: {output}; --draw makes the picture")
 
 
 if __name__ == "__main__":

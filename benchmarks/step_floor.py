@@ -44,6 +44,9 @@ def parts(config, batch_size, recompute=False):
     def elementwise(name, widths):
         return Part(name, 2 * rows * widths, 0)
 
+    def half_of(part):
+        return part._replace(bytes=part.bytes / 2, flops=part.flops / 2)
+
     forward = [
         elementwise("residual addition and norm, before attention", 4 * d),  # stream, branch -> stream, normalized
         matmul("query, key, value", d, qkv),
@@ -56,9 +59,9 @@ def parts(config, batch_size, recompute=False):
     ]
     # A block's input is kept: of the first part only the norm is computed again.
     norm_again = elementwise("norm, before attention", 2 * d)
-    again = {False: [], "attention": [norm_again, forward[1], *forward[3:7]], True: [norm_again, *forward[1:7]]}[
-        recompute
-    ]
+    # Of two blocks that are computed again together, the first wholly.
+    ends = [half_of(norm_again), half_of(forward[7]), half_of(forward[0])]
+    again = {False: [], "attention": [norm_again, forward[1], *forward[3:7]], True: [*ends, *forward[1:7]]}[recompute]
     backward = [
         matmul("feed-forward output, gradients", hidden, d, 2),
         elementwise("activation, gradient", 3 * hidden),  # hidden, its output's gradient -> its gradient

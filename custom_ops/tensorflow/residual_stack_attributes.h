@@ -92,9 +92,9 @@ struct StackAttributes {
 
   // Of the gradient op.
   static absl::Status CheckGradient(const Stack& stack, const tensorflow::TensorShape& kept, const tensorflow::TensorShape& statistics) {
-    const int64_t blocks = stack.get()->blocks;
-    TF_RETURN_IF_ERROR(CheckShape("kept", kept, {blocks, stf_stack_kept(stack.get())}));
-    return CheckShape("statistics", statistics, {blocks, stf_stack_kept_statistics(stack.get())});
+    const int64_t rows = stf_stack_kept_rows(stack.get());
+    TF_RETURN_IF_ERROR(CheckShape("kept", kept, {rows, stf_stack_kept(stack.get())}));
+    return CheckShape("statistics", statistics, {rows, stf_stack_kept_statistics(stack.get())});
   }
 };
 

@@ -104,6 +104,8 @@ auto Bind() {
       .Attr<float>("drop_scale");
 }
 
+// Not for XLA's command buffers: a stack's thousands of kernels in a CUDA graph were no faster than launched one by one (H100), and had to
+// be recorded again whenever a buffer had moved.
 XLA_FFI_DEFINE_HANDLER(kForward, Forward, Bind());
 XLA_FFI_DEFINE_HANDLER(kGradient, Gradient, Bind());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kStackForwardCall, "CUDA", kForward);

@@ -19,11 +19,11 @@ using tensorflow::TensorShape;
 using tensorflow::shape_inference::InferenceContext;
 
 absl::Status ForwardShapes(InferenceContext* c) {
-  tensorflow::shape_inference::ShapeHandle input, kernel;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &input));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 3, &kernel));
+  tensorflow::shape_inference::ShapeHandle input;
+  if (!c->WithRank(c->input(0), 3, &input).ok())
+    return tensorflow::errors::InvalidArgument("input must be [batch, position, width]. Received: input=", c->DebugString(c->input(0)));
   c->set_output(0, input);
-  for (const int i : {1, 2}) c->set_output(i, c->Matrix(c->Dim(kernel, 0), c->UnknownDim()));
+  for (const int i : {1, 2}) c->set_output(i, c->Matrix(c->UnknownDim(), c->UnknownDim()));
   return absl::OkStatus();
 }
 
@@ -73,9 +73,9 @@ output_kernel: [block, hidden, width].
 output_bias: [block, width].
 seed: [2], of dropout.
 output: [batch, position, width].
-kept: [block, ...] what the gradient needs and does not compute again.
-statistics: [block, ...] the same, in float32.
-keep: what that is (stf_keep): 0 each block's input, 1 attention's output and log-sum-exp too, 2 everything.
+kept: what the gradient needs and does not compute again, one row for a block or two.
+statistics: the same, in float32.
+keep: what that is (stf_keep): 0 every second block's input, 1 each block's and attention's output and log-sum-exp, 2 everything.
 epsilon: added to the variances of normalizations.
 drop_below: dropout's rate times 2^32.
 drop_scale: factor of what is not dropped.
@@ -180,9 +180,10 @@ class StackForward : public StackBase<T, 1> {
     const Stack stack(options, layouts, seed);
     Tensor *output, *kept, *statistics, workspace;
     OP_REQUIRES_OK(context, context->allocate_output(0, context->input(0).shape(), &output));
-    OP_REQUIRES_OK(context, context->allocate_output(1, TensorShape({options.blocks, stf_stack_kept(stack.get())}), &kept));
     OP_REQUIRES_OK(context,
-                   context->allocate_output(2, TensorShape({options.blocks, stf_stack_kept_statistics(stack.get())}), &statistics));
+                   context->allocate_output(1, TensorShape({stf_stack_kept_rows(stack.get()), stf_stack_kept(stack.get())}), &kept));
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                2, TensorShape({stf_stack_kept_rows(stack.get()), stf_stack_kept_statistics(stack.get())}), &statistics));
     OP_REQUIRES_OK(context, this->Workspace(context, stf_stack_cuda_forward_workspace(stack.get()), &workspace));
     OP_REQUIRES_OK(context, Done(stf_stack_cuda_forward(stack.get(), &weights, context->input(0).data(), output->data(), kept->data(),
                                                         statistics->flat<float>().data(), workspace.data(), this->Stream(context))));

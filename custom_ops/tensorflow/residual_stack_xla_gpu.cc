@@ -48,8 +48,8 @@ class StackXla : public tensorflow::XlaOpKernel {
       results.assign(operand_shapes.begin() + kStream, operand_shapes.begin() + kWeights + kStackWeights);
       workspace = stf_stack_cuda_backward_workspace(stack.get());
     } else {
-      results = {operand_shapes[kStream], xla::ShapeUtil::MakeShape(type, {options.blocks, stf_stack_kept(stack.get())}),
-                 xla::ShapeUtil::MakeShape(xla::F32, {options.blocks, stf_stack_kept_statistics(stack.get())})};
+      results = {operand_shapes[kStream], xla::ShapeUtil::MakeShape(type, {stf_stack_kept_rows(stack.get()), stf_stack_kept(stack.get())}),
+                 xla::ShapeUtil::MakeShape(xla::F32, {stf_stack_kept_rows(stack.get()), stf_stack_kept_statistics(stack.get())})};
       workspace = stf_stack_cuda_forward_workspace(stack.get());
     }
     results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(workspace)}));

@@ -10,6 +10,7 @@ from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
 from stf.layers.attention import weights_of_queries
 from stf.layers.initialization import READINGS
 from stf.layers.validation import positive
+from stf.models.dispatch import without_waiting
 from stf.models.presets import preset
 
 
@@ -165,6 +166,20 @@ class SparseTransformer(keras.Model):
         super().compile(optimizer, *args, auto_scale_loss=auto_scale_loss, **kwargs)
         if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        """Keras' `make_train_function`; see `without_waiting`."""
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            self.train_function = without_waiting(self.train_function, self)
+        return self.train_function
+
+    def make_test_function(self, force=False):
+        """Keras' `make_test_function`; see `without_waiting`."""
+        if self.test_function is None or force:
+            super().make_test_function(force)
+            self.test_function = without_waiting(self.test_function, self)
+        return self.test_function
 
     def _symbolic_build(self, iterator=None, data_batch=None):
         # Under several replicas Keras 3.15 builds from the mean of their batches, in which tokens are float64.

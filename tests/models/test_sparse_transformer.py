@@ -149,6 +149,25 @@ def test_trained_model_is_saved_with_its_optimizer(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_steps_do_not_wait_for_the_device(steps_per_execution):
+    model = make()
+    model.compile("sgd", stf.training.cross_entropy(), steps_per_execution=steps_per_execution)
+    whole, part = tokens(4), tokens(3)
+    batches = tf.data.Dataset.from_generator(
+        lambda: ((x, x) for x in (whole, part)), output_signature=(tf.TensorSpec([None, None], tf.int32),) * 2
+    )
+    history = model.fit(batches, epochs=2, verbose=0).history["loss"]
+    assert history[1] < history[0] and int(model.optimizer.iterations) == 4
+    assert np.isfinite(model.evaluate(batches, verbose=0))
+    iterator = iter(batches)
+    losses = []
+    with pytest.raises(StopIteration):
+        while True:
+            losses.append(float(model.train_function(iterator)["loss"]))
+    assert len(losses) == 2 / steps_per_execution
+
+
 def test_attention_weights_are_those_of_the_blocks():
     model, x = make(), tokens()
     weights = model.attention_weights(x, [3, 20], blocks=[1])

@@ -48,6 +48,11 @@ struct Sizes {
   }
 };
 
+// Blocks that are computed again at a time, from the input of their first: the more, the less is kept, and the more workspace their
+// tensors take.
+constexpr int64_t kSegment = 2;
+int64_t Segment(const stf_stack& stack) { return stack.keep == STF_KEEP_STREAM ? kSegment : 1; }
+
 // What a block computes on its way and its gradient needs; names are those of residual_stack.h.
 struct Activations {
   char* stream;                                                               // the block's input; only where it is kept
@@ -57,9 +62,11 @@ struct Activations {
 
 // Those of a block that are kept; the others stay null.
 Activations Kept(const stf_stack& stack, const void* kept, const float* statistics, int64_t block) {
+  if (block % Segment(stack)) return {};
   const Sizes s(stack);
-  char* next = static_cast<char*>(const_cast<void*>(kept)) + block * stf_stack_kept(&stack) * kElement;
-  float* next_statistic = const_cast<float*>(statistics) + block * stf_stack_kept_statistics(&stack);
+  const int64_t row = block / Segment(stack);
+  char* next = static_cast<char*>(const_cast<void*>(kept)) + row * stf_stack_kept(&stack) * kElement;
+  float* next_statistic = const_cast<float*>(statistics) + row * stf_stack_kept_statistics(&stack);
   auto take = [&](int64_t columns) { return std::exchange(next, next + s.rows * columns * kElement); };
   auto take_statistic = [&](int64_t count) { return std::exchange(next_statistic, next_statistic + count); };
   Activations a = {};
@@ -80,7 +87,7 @@ Activations Kept(const stf_stack& stack, const void* kept, const float* statisti
   return a;
 }
 
-// The others, which all blocks share.
+// The others, which blocks share. A gradient of the hidden layer, or of the units, may take the place of `activated`.
 Activations Shared(const stf_stack& stack, Arena* arena) {
   const Sizes s(stack);
   Activations a = {};
@@ -93,7 +100,7 @@ Activations Shared(const stf_stack& stack, Arena* arena) {
     a.units = arena->Take(s.rows * s.units * kElement);
     a.second_normalized = arena->Take(s.rows * s.width * kElement);
     a.hidden = arena->Take(s.rows * s.hidden * kElement);
-    a.activated = arena->Take(s.rows * s.hidden * kElement);
+    a.activated = arena->Take(s.rows * std::max(s.hidden, s.units) * kElement);
     a.inv_std = arena->TakeFloats(s.rows);
     a.second_inv_std = arena->TakeFloats(s.rows);
   }
@@ -148,10 +155,11 @@ class Pass {
         stream_(static_cast<cudaStream_t>(stream)),
         matmul_(stack.attention[0].dtype, arena->Take(kMatmulWorkspace), stream_),
         attention_workspace_(arena->Take(AttentionWorkspace(stack, gradient))),
-        shared_(Shared(stack, arena)),
         branch_(arena->Take(sizes_.rows * std::max(sizes_.width, gradient ? sizes_.values : 0) * kElement)),
         projection_bias_(arena->Take(stack.blocks * sizes_.units * kElement)),
-        hidden_bias_(arena->Take(stack.blocks * sizes_.hidden * kElement)) {}
+        hidden_bias_(arena->Take(stack.blocks * sizes_.hidden * kElement)) {
+    for (int64_t i = 0; i < kSegment; i++) shared_[i] = i < (gradient ? Segment(stack) : 1) ? Shared(stack, arena) : shared_[0];
+  }
 
   const char* error() const { return matmul_.error() ? matmul_.error() : error_; }
 
@@ -218,13 +226,20 @@ class Pass {
     if (!Failed()) Check(Activate(RowsOf(s.hidden), a.hidden, a.activated));
   }
 
+  // From there to the block's end: `stream`, from the stream after attention on, in place; normalized for the next block, if there is one.
+  void Finish(int64_t block, const Activations& a, void* stream, const Activations& next) {
+    const stf_stack_weights w = Weights(block);
+    matmul_.Forward(a.activated, w.output_kernel, nullptr, branch_, sizes_.rows, sizes_.hidden, sizes_.width);
+    Add(stream, w.output_bias, block, 1, stream, next.normalized, next.inv_std);
+  }
+
   const stf_stack& stack_;
   const stf_stack_weights& weights_;
   const Sizes sizes_;
   cudaStream_t stream_;
   Matmul matmul_;
   char* attention_workspace_;
-  const Activations shared_;
+  Activations shared_[kSegment];          // of the blocks of a segment
   char* branch_;                          // [rows, width]: what a product gives to be added to the stream, or its gradient
   char *projection_bias_, *hidden_bias_;  // [block, ...] in the stack's dtype, as products take them
   const char* error_ = nullptr;
@@ -236,23 +251,17 @@ class Forward : public Pass {
       : Pass(stack, weights, arena, false, stream) {}
 
   void Run(const void* input, void* output, void* kept, float* statistics) {
-    const Sizes& s = sizes_;
-    auto activations = [&](int64_t block) { return Both(Kept(stack_, kept, statistics, block), shared_); };
+    auto activations = [&](int64_t block) { return Both(Kept(stack_, kept, statistics, block), shared_[0]); };
     RoundBiases();
     Activations a = activations(0);
-    if (a.stream) {
-      Check(cudaMemcpyAsync(a.stream, input, s.rows * s.width * kElement, cudaMemcpyDeviceToDevice, stream_));
-    }
+    if (a.stream) Check(cudaMemcpyAsync(a.stream, input, sizes_.rows * sizes_.width * kElement, cudaMemcpyDeviceToDevice, stream_));
     Normalize(input, a.normalized, a.inv_std);
     for (int64_t block = 0; block < stack_.blocks; block++) {
-      const bool last = block + 1 == stack_.blocks;
-      const Activations next = last ? Activations{} : activations(block + 1);
+      const Activations next = block + 1 < stack_.blocks ? activations(block + 1) : Activations{};
       // The stream lies where it is kept, or in `output`; the middle of a block where its end will be.
       void* end = next.stream ? next.stream : output;
       Ascend(block, a, input, end, /*with_attention=*/true);
-      const stf_stack_weights w = Weights(block);
-      matmul_.Forward(a.activated, w.output_kernel, nullptr, branch_, s.rows, s.hidden, s.width);
-      Add(end, w.output_bias, block, 1, end, next.normalized, next.inv_std);
+      Finish(block, a, end, next);
       input = end;
       a = next;
     }
@@ -264,8 +273,8 @@ class Backward : public Pass {
   Backward(const stf_stack& stack, const stf_stack_weights& weights, Arena* arena, void* stream)
       : Pass(stack, weights, arena, true, stream),
         dropped_(stack.drop_below ? arena->Take(sizes_.rows * sizes_.width * kElement) : nullptr),
-        hidden_grad_(arena->Take(sizes_.rows * std::max(sizes_.hidden, sizes_.units) * kElement)),
-        units_grad_(hidden_grad_),
+        hidden_grad_(stack.keep == STF_KEEP_ALL ? arena->Take(sizes_.rows * std::max(sizes_.hidden, sizes_.units) * kElement) : nullptr),
+        segment_stream_(Segment(stack) > 1 ? arena->Take(sizes_.rows * sizes_.width * kElement) : nullptr),
         sums_(arena->TakeFloats(kParts * SumsWidth())) {}
 
   void Run(const void* kept, const float* statistics, const void* upstream, void* input_grad, const stf_stack_weights& grads) {
@@ -279,29 +288,30 @@ class Backward : public Pass {
     if (stack_.keep != STF_KEEP_ALL) RoundBiases();
     Drop(upstream, stack_.blocks - 1, of_output);
     for (int64_t block = stack_.blocks - 1; block >= 0 && !Failed(); block--) {
-      const Activations a = Both(Kept(stack_, kept, statistics, block), shared_);
-      const stf_stack_weights w = Weights(block), g = OfBlock(stack_, grads, block);
-      if (a.stream) {
-        Normalize(a.stream, a.normalized, a.inv_std);
-        Ascend(block, a, a.stream, nullptr, stack_.keep == STF_KEEP_STREAM);
+      const int64_t first = block - block % Segment(stack_);
+      if (stack_.keep != STF_KEEP_ALL && (block + 1 == stack_.blocks || block - first + 1 == Segment(stack_))) {
+        Recompute(first, block, kept, statistics);
       }
+      const Activations a = Of(block, kept, statistics);
+      const stf_stack_weights w = Weights(block), g = OfBlock(stack_, grads, block);
+      char* hidden_grad = hidden_grad_ ? hidden_grad_ : a.activated;  // which is used up when this is made
+      char* units_grad = hidden_grad;                                 // likewise
       // Of the feed-forward layers.
       matmul_.KernelGradient(a.activated, branch_grad(), g.output_kernel, s.rows, s.hidden, s.width);
-      matmul_.InputGradient(branch_grad(), w.output_kernel, hidden_grad_, s.rows, s.hidden, s.width);
-      if (!Failed()) Check(ActivateGradient(RowsOf(s.hidden), a.hidden, hidden_grad_, of_hidden, stride));
-      matmul_.KernelGradient(a.second_normalized, hidden_grad_, g.hidden_kernel, s.rows, s.width, s.hidden);
-      matmul_.InputGradient(hidden_grad_, w.hidden_kernel, branch_, s.rows, s.width, s.hidden);
+      matmul_.InputGradient(branch_grad(), w.output_kernel, hidden_grad, s.rows, s.hidden, s.width);
+      if (!Failed()) Check(ActivateGradient(RowsOf(s.hidden), a.hidden, hidden_grad, of_hidden, stride));
+      matmul_.KernelGradient(a.second_normalized, hidden_grad, g.hidden_kernel, s.rows, s.width, s.hidden);
+      matmul_.InputGradient(hidden_grad, w.hidden_kernel, branch_, s.rows, s.width, s.hidden);
       ThroughNormalization(grad, a.second_normalized, a.second_inv_std, block, 0, input_grad, dropped_, of_attention_output);
       grad = input_grad;
       // Of the attention.
       matmul_.KernelGradient(a.heads, branch_grad(), g.attention_output_kernel, s.rows, s.values, s.width);
       matmul_.InputGradient(branch_grad(), w.attention_output_kernel, branch_, s.rows, s.values, s.width);
-      AttentionGradient(block, a);
-      if (!Failed()) Check(SumRows(RowsOf(s.units), units_grad_, of_units, stride));
-      matmul_.KernelGradient(a.normalized, units_grad_, g.projection_kernel, s.rows, s.width, s.units);
-      matmul_.InputGradient(units_grad_, w.projection_kernel, branch_, s.rows, s.width, s.units);
-      const Sums sums = {{g.output_bias, g.hidden_bias, g.attention_output_bias, g.projection_bias}, {s.width, s.hidden, s.width, s.units}};
-      if (!Failed()) Check(FinishSums(sums_, sums, stream_));
+      AttentionGradient(block, a, units_grad);
+      if (!Failed()) Check(SumRows(RowsOf(s.units), units_grad, of_units, stride));
+      matmul_.KernelGradient(a.normalized, units_grad, g.projection_kernel, s.rows, s.width, s.units);
+      matmul_.InputGradient(units_grad, w.projection_kernel, branch_, s.rows, s.width, s.units);
+      FinishBiases(g);
       if (block > 0) {
         ThroughNormalization(grad, a.normalized, a.inv_std, block - 1, 1, input_grad, dropped_, of_output);
       } else {
@@ -311,6 +321,34 @@ class Backward : public Pass {
   }
 
  private:
+  Activations Of(int64_t block, const void* kept, const float* statistics) const {
+    return Both(Kept(stack_, kept, statistics, block), shared_[block % Segment(stack_)]);
+  }
+
+  // What is not kept of blocks `first` to `last`, all but the end of the last.
+  void Recompute(int64_t first, int64_t last, const void* kept, const float* statistics) {
+    Activations a = Of(first, kept, statistics);
+    const void* input = a.stream;
+    Normalize(input, a.normalized, a.inv_std);
+    for (int64_t block = first; block <= last; block++) {
+      const bool more = block < last;
+      Ascend(block, a, input, more ? segment_stream_ : nullptr, stack_.keep == STF_KEEP_STREAM);
+      if (!more) return;
+      const Activations next = Of(block + 1, kept, statistics);
+      Finish(block, a, segment_stream_, next);
+      input = segment_stream_;
+      a = next;
+    }
+  }
+
+  // The sums of a block's gradients over rows, to where they belong.
+  void FinishBiases(const stf_stack_weights& g) {
+    if (Failed()) return;
+    const Sums sums = {{g.output_bias, g.hidden_bias, g.attention_output_bias, g.projection_bias},
+                       {sizes_.width, sizes_.hidden, sizes_.width, sizes_.units}};
+    Check(FinishSums(sums_, sums, stream_));
+  }
+
   int64_t SumsWidth() const { return 2 * sizes_.width + sizes_.hidden + sizes_.units; }
 
   // The last block's second branch.
@@ -326,19 +364,20 @@ class Backward : public Pass {
                             SumsWidth()));
   }
 
-  void AttentionGradient(int64_t block, const Activations& a) {
+  void AttentionGradient(int64_t block, const Activations& a, char* units_grad) {
     if (Failed()) return;
     stf_tensor inputs[3], grads[3];
     Unpack(block, a.units, inputs);
-    Unpack(block, units_grad_, grads);
+    Unpack(block, units_grad, grads);
     const stf_tensor heads = Values(block, a.heads), heads_grad = Values(block, branch_);
     Check(stf_attention_cuda_backward(&Problem(block), &inputs[0], &inputs[1], &inputs[2], &heads, a.log_sum_exp, &heads_grad, nullptr,
                                       &grads[0], &grads[1], &grads[2], attention_workspace_, stream_));
   }
 
-  char* dropped_;                    // null where nothing is dropped
-  char *hidden_grad_, *units_grad_;  // the second is made when the first is used up
-  float* sums_;                      // [kParts, SumsWidth()]
+  char* dropped_;         // null where nothing is dropped
+  char* hidden_grad_;     // null where it takes the place of `activated`
+  char* segment_stream_;  // of blocks that are computed again
+  float* sums_;           // [kParts, SumsWidth()], in the order of FinishBiases
 };
 
 const char* Invalid(const stf_stack& stack) {
@@ -370,6 +409,8 @@ const char* ClearGradients(const stf_stack& stack, const stf_stack_weights& g, c
 }
 
 }  // namespace
+
+int64_t stf_stack_kept_rows(const stf_stack* stack) { return (stack->blocks + Segment(*stack) - 1) / Segment(*stack); }
 
 int64_t stf_stack_kept(const stf_stack* stack) {
   const Sizes s(*stack);

@@ -18,8 +18,8 @@ extern "C" {
 
 // What a forward pass keeps of each block for the gradient, which computes the rest again.
 enum stf_keep {
-  STF_KEEP_STREAM = 0,     // the block's input
-  STF_KEEP_ATTENTION = 1,  // that, and attention's output and log-sum-exp
+  STF_KEEP_STREAM = 0,     // every second block's input; two blocks are computed again at a time
+  STF_KEEP_ATTENTION = 1,  // its input, and attention's output and log-sum-exp
   STF_KEEP_ALL = 2,        // both normalized streams, query, key and value, attention's output, the hidden layer before and after f
 };
 
@@ -50,7 +50,8 @@ typedef struct {
   float* output_bias;             // [block, width]
 } stf_stack_weights;
 
-// Elements of the stack's dtype, and floats, that are kept of a block.
+// What is kept: so many rows, one for each block or two, of elements of the stack's dtype and of floats.
+int64_t stf_stack_kept_rows(const stf_stack* stack);
 int64_t stf_stack_kept(const stf_stack* stack);
 int64_t stf_stack_kept_statistics(const stf_stack* stack);
 
@@ -58,7 +59,7 @@ int64_t stf_stack_kept_statistics(const stf_stack* stack);
 size_t stf_stack_cuda_forward_workspace(const stf_stack* stack);
 size_t stf_stack_cuda_backward_workspace(const stf_stack* stack);
 
-// input, output: [batch, position, width]. kept: [block, stf_stack_kept], statistics: [block, stf_stack_kept_statistics], both as the
+// input, output: [batch, position, width]. kept: [rows, stf_stack_kept], statistics: [rows, stf_stack_kept_statistics], both as the
 // gradient takes them. Returns null, or what went wrong.
 const char* stf_stack_cuda_forward(const stf_stack* stack, const stf_stack_weights* weights, const void* input, void* output, void* kept,
                                    float* statistics, void* workspace, void* stream);
