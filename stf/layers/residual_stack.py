@@ -23,15 +23,16 @@ RECOMPUTE = (False, "attention", True)
 class SparseResidualStack(SavedSeed, keras.layers.Layer):
     """N `SparseResidualBlock`s in a row, as one layer (Child et al. 2019, Eqs. 11-14).
 
-    Each weight of all blocks is one variable `[block, ...]`, and a loop over the period of the patterns runs the
-    blocks. So neither tracing, nor XLA's compilation, nor the optimizer's number of variables grows with the depth.
-    What a training step keeps for the backward pass is chosen here and not left to the compiler:
+    Each weight of all blocks is one variable `[block, ...]`. In training in half precision on a GPU one op runs the
+    blocks (`stf.ops.residual_stack`); everywhere else a loop over the period of the patterns. So neither tracing, nor
+    XLA's compilation, nor the optimizer's number of variables grows with the depth. What a training step keeps for the
+    backward pass is chosen here and not left to the compiler:
 
-    | `recompute` | kept of a block, beside its input | computed again |
+    | `recompute` | kept of a block | computed again |
     |---|---|---|
-    | `True` (Section 5.4) | nothing | all of it |
-    | `"attention"` | the attention's output and log-sum-exp | all but the attention |
-    | `False` | query, key, value, attention's output and log-sum-exp, H + a, the hidden layer | norms, activations |
+    | `True` (Section 5.4) | its input (the op: every second block's) | all of it |
+    | `"attention"` | its input, the attention's output and log-sum-exp | all but the attention |
+    | `False` | query, key, value, attention's output, H + a, hidden layer (the op: norms, activations too) | the rest |
 
     Gradients are the same to rounding in all three. Unlike a block's own layer, a stack takes no lengths and no masks.
 

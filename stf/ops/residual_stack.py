@@ -55,7 +55,10 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
 
     Raises:
         InvalidArgumentError: for shapes that do not fit; names the argument.
+        LibraryNotFoundError: the op library is missing, or was built without CUDA.
     """
+    if not hasattr(library.load(), "stf_residual_stack"):
+        raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
     output, _, _ = library.load().stf_residual_stack(
         inputs,
         *(tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights),

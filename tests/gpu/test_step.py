@@ -48,9 +48,8 @@ def gradients(model, jit_compile, times=1):
         return [tf.convert_to_tensor(grad) for grad in tape.gradient(loss, model.trainable_variables)]
 
     state, results = model.stack.seed_generator.state, []
-    begin = tf.convert_to_tensor(state).numpy()
     for _ in range(times):
-        state.assign(begin)
+        state.assign(np.array([11, 2]))  # the same dropout, whatever ran before
         names = [variable.path.split("/", 1)[1] for variable in model.trainable_variables]
         results.append(dict(zip(names, (grad.numpy() for grad in compute(tokens)), strict=True)))
     return results

@@ -129,3 +129,12 @@ def test_a_seed_repeats_the_masks_of_all_calls_and_another_has_others():
     np.testing.assert_array_equal(masks(3), first)
     for other in (4, None):
         assert_uncorrelated(masks(other), first)
+
+
+def test_halves_are_not_scaled_by_a_rounded_scale():
+    x = tf.random.stateless_uniform([256, 256], [1, 2], 1, 2)
+    for dtype in (tf.bfloat16, tf.float16):
+        dropped = tf.cast(stateless_dropout(tf.cast(x, dtype), 0.1, tf.constant([3, 4])), tf.float64)
+        kept = dropped > 0
+        ratio = tf.boolean_mask(dropped / tf.cast(tf.cast(x, dtype), tf.float64), kept)
+        assert float(tf.reduce_mean(ratio)) == pytest.approx(1 / 0.9, rel=2e-4)  # bfloat16's 1 / 0.9 is 1.6e-3 off

@@ -1,0 +1,80 @@
+"""The stack as one op: what can be seen of it without a GPU. What it computes: tests/gpu/test_residual_stack.py."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import stf
+from stf import patterns
+from stf.ops import library
+from stf.ops.residual_stack import _program_attributes, residual_stack, runs_residual_stack
+from stf.patterns import Program, components_mask
+
+LAYOUTS = [np.tril(np.random.default_rng(k).random((4, 4)) < 0.6) for k in range(2)]
+
+
+def test_programs_of_several_patterns_are_those_of_each():
+    several = [
+        patterns.Blocks(LAYOUTS[0], 6),
+        patterns.PerHead([patterns.Local(3), patterns.Blocks(LAYOUTS[1], 6)]),
+        patterns.Fixed(5, 2),
+        patterns.Local(2) | patterns.Strided(7),
+    ]
+    heads, n = 2, 24
+    packed = _program_attributes(several, heads)
+    components, begin, first = packed["components"], packed["program_begin"], packed["first_program"]
+    assert first[0] == 0 and first[-1] == len(begin) - 1 and len(first) == len(several) + 1
+    for pattern, lowest, end in zip(several, first, first[1:], strict=False):
+        of_pattern = [b - begin[lowest] for b in begin[lowest : end + 1]]
+        program = Program(components[6 * begin[lowest] : 6 * begin[end]], of_pattern, packed["layouts"])
+        for head in range(heads):
+            parts = components_mask(program, n, head)
+            np.testing.assert_array_equal(parts.sum(0), pattern.mask(n, head))  # disjoint, and all
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (tf.float32, 64, 128, 2, 16, 32),
+        (tf.bfloat16, 60, 128, 2, 16, 32),
+        (tf.bfloat16, 64, 100, 2, 16, 32),
+        (tf.bfloat16, 64, 128, 1, 16, 30),
+        (tf.bfloat16, 2056, 128, 2, 16, 32),
+        (tf.bfloat16, 64, 128, 2, 264, 32),
+    ],
+)
+def test_what_the_op_does_not_take_runs_as_a_loop(sizes, monkeypatch):
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])  # as if there were a GPU
+    assert not runs_residual_stack(*sizes)
+    assert runs_residual_stack(tf.bfloat16, 64, 128, 2, 16, 32) == hasattr(library.load(), "stf_residual_stack")
+
+
+def test_a_cpu_runs_the_loop():
+    if not tf.config.list_physical_devices("GPU"):
+        assert not runs_residual_stack(tf.bfloat16, 64, 128, 2, 16, 32)
+
+
+@pytest.mark.skipif(not hasattr(library.load(), "stf_residual_stack"), reason="the library was built without CUDA")
+def test_shapes_and_gradients_are_known_before_it_runs():
+    stack = stf.layers.SparseResidualStack(3, [patterns.Local(4)], 2, 16, dropout=0.1, dtype="mixed_bfloat16")
+    stack.build([None, None, 64])
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = residual_stack(x, stack._weights(), tf.constant([1, 2]), [patterns.Local(4)], 2, 16, 0.1)
+        return output, tape.gradient(output, [x, *stack.trainable_variables])
+
+    graph = tf.function(step).get_concrete_function(tf.TensorSpec([2, None, 64], tf.bfloat16))
+    output, (x_grad, *grads) = graph.structured_outputs
+    assert output.shape.as_list() == x_grad.shape.as_list() == [2, None, 64]
+    assert [grad.shape for grad in grads] == [variable.shape for variable in stack.trainable_variables]
+    assert {grad.dtype for grad in grads} == {tf.float32}
+    with pytest.raises(ValueError, match=r"input must be \[batch, position, width\]"):
+        tf.function(step).get_concrete_function(tf.TensorSpec([2, 64], tf.bfloat16))
+
+
+def test_a_library_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(library, "load", object)
+    with pytest.raises(library.LibraryNotFoundError, match="without CUDA"):
+        residual_stack(tf.zeros([1, 8, 64], tf.bfloat16), [], None, [patterns.Local(4)], 2, 16)
