@@ -4,6 +4,12 @@ The op's kernels are those of bfloat16 and float16. Everything else, and every o
 over the blocks: `stf.layers.residual_loop`.
 """
 
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import pathlib
+
 import tensorflow as tf
 
 from stf.ops import library
@@ -59,6 +65,7 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
     """
     if not hasattr(library.load(), "stf_residual_stack"):
         raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
+    _load_cublas()
     output, _, _ = library.load().stf_residual_stack(
         inputs,
         *(tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights),
@@ -73,6 +80,22 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
         **_program_attributes(patterns, num_heads),
     )
     return output
+
+
+@functools.cache
+def _load_cublas():
+    """Loads the cuBLASLt of NVIDIA's wheels, where there is one: it lies in none of the loader's folders.
+
+    The op looks for it in the process first. TensorFlow loads it too, but not before its own first product.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = [] if spec is None else [pathlib.Path(folder) for folder in spec.submodule_search_locations or ()]
+    for name in ("libcublasLt.so.12", "libcublasLt.so.13"):  # TensorFlow's is CUDA 12's
+        for path in (path for folder in folders for path in sorted(folder.glob(f"*/lib/{name}"))):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path))
+                return str(path)
+    return None
 
 
 def _program_attributes(patterns, num_heads):

@@ -1,5 +1,8 @@
 """The stack as one op: what can be seen of it without a GPU. What it computes: tests/gpu/test_residual_stack.py."""
 
+import ctypes
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +10,7 @@ import tensorflow as tf
 import stf
 from stf import patterns
 from stf.ops import library
-from stf.ops.residual_stack import _program_attributes, residual_stack, runs_residual_stack
+from stf.ops.residual_stack import _load_cublas, _program_attributes, residual_stack, runs_residual_stack
 from stf.patterns import Program, components_mask
 
 LAYOUTS = [np.tril(np.random.default_rng(k).random((4, 4)) < 0.6) for k in range(2)]
@@ -72,6 +75,18 @@ def test_shapes_and_gradients_are_known_before_it_runs():
     assert {grad.dtype for grad in grads} == {tf.float32}
     with pytest.raises(ValueError, match=r"input must be \[batch, position, width\]"):
         tf.function(step).get_concrete_function(tf.TensorSpec([2, 64], tf.bfloat16))
+
+
+def test_cublas_of_nvidias_wheels_is_loaded_by_its_path(tmp_path, monkeypatch):
+    for package, number in (("cu13", 13), ("cublas", 12)):
+        (tmp_path / "nvidia" / package / "lib").mkdir(parents=True)
+        (tmp_path / "nvidia" / package / "lib" / f"libcublasLt.so.{number}").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    loaded = []
+    monkeypatch.setattr(ctypes, "CDLL", loaded.append)
+    assert _load_cublas.__wrapped__() == loaded[0]
+    assert loaded == [str(tmp_path / "nvidia" / "cublas" / "lib" / "libcublasLt.so.12")]
 
 
 def test_a_library_without_cuda_says_so(monkeypatch):
