@@ -24,6 +24,10 @@ CPP := $(shell find custom_ops tests/gpu -name '*.cc' -o -name '*.h' -o -name '*
 BAZEL_FILES := WORKSPACE $(shell find BUILD custom_ops third_party -name BUILD -o -name '*.bzl')
 # On a machine with an NVIDIA GPU, the CUDA libraries that TensorFlow loads.
 CUDA_LIBRARIES := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo "-r requirements-cuda.lock")
+# Tests run in so many processes, a file of them in one.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n $(WORKERS) --dist loadfile
 ARGS ?=
 
 .PHONY: setup train test test-all test-gpu browser lint format lib wheel clean
@@ -59,13 +63,13 @@ browser:
 	@command -v chromedriver >/dev/null || $(INSTALL) chromium chromium-driver || true
 
 test: setup $(LIBRARY) browser
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-all: setup $(LIBRARY) browser
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: setup $(LIBRARY)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(PYTEST) -m gpu $(ARGS)
 
 # Buildifier's npm package carries the program for every system; Node.js comes from PyPI where there is none.
 $(VENV)/buildifier: | $(BIN)/python
