@@ -12,7 +12,7 @@ import pathlib
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
-from absl import app, flags, logging
+from absl import flags, logging
 
 import stf
 
@@ -20,6 +20,8 @@ flags.DEFINE_string("preset", "audio-small", "Configuration of the model: see st
 flags.DEFINE_string("path", None, "Folder of recordings: WAV, FLAC, Ogg or AIFF.", required=True)
 flags.DEFINE_string("run_dir", "runs/audio", "Folder of the checkpoint, the log and the sample.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoint in run_dir.")
+flags.DEFINE_bool("overwrite", False, "Begin anew where run_dir has a checkpoint.")
+flags.DEFINE_float("checkpoint_minutes", 10, "A checkpoint is also written when so many minutes have passed.")
 flags.DEFINE_integer("batch_size", 2, "Sequences of a step.")
 flags.DEFINE_integer("steps", 600, "Steps of the whole run.")
 flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation and a checkpoint.")
@@ -37,13 +39,23 @@ flags.DEFINE_integer("seed", 0, "Of initial weights, crops, dropout and the samp
 FLAGS = flags.FLAGS
 
 
+def settings(data):
+    """What must be the same when the run goes on."""
+    names = "preset num_blocks batch_size learning_rate warmup_steps average policy seed"
+    return {name: FLAGS[name].value for name in names.split()} | {"data": data}
+
+
+def make_schedule():
+    """The learning rate of the run."""
+    return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
+
+
 def make_model():
     """The model to train."""
     overrides = {} if FLAGS.num_blocks is None else {"num_blocks": FLAGS.num_blocks}
     model = stf.models.SparseTransformer.from_preset(FLAGS.preset, seed=FLAGS.seed, **overrides)
-    schedule = stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, FLAGS.warmup_steps)
     model.compile(
-        optimizer=stf.training.optimizer(schedule, average=FLAGS.average),
+        optimizer=stf.training.optimizer(make_schedule(), average=FLAGS.average),
         loss=stf.training.cross_entropy(),
         weighted_metrics=[stf.training.BitsPerDim("bits_per_byte")],
         jit_compile="auto" if FLAGS.jit_compile is None else FLAGS.jit_compile,
@@ -59,14 +71,18 @@ def main(_):
     print(data.description)
     length = stf.models.preset(FLAGS.preset)["length"]
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))
-    model = stf.training.run(
+    model = stf.experiments.run(
         make_model,
         lambda done: stf.data.crops(data.train, length, FLAGS.batch_size, FLAGS.seed, skip=done),
         stf.data.windows(validation, length, FLAGS.batch_size),
         FLAGS.run_dir,
         FLAGS.steps,
-        FLAGS.epochs,
+        min(FLAGS.epochs, FLAGS.steps),
         FLAGS.resume,
+        overwrite=FLAGS.overwrite,
+        settings=settings(data.description),
+        schedule=make_schedule(),
+        checkpoint_minutes=FLAGS.checkpoint_minutes,
     )
 
     found = stf.evaluation.evaluate(model, stf.data.windows(test, length, FLAGS.batch_size, context=length // 2))
@@ -83,4 +99,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    stf.experiments.start(main)

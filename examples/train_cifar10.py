@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from PIL import Image
 
 import stf
@@ -24,6 +24,8 @@ flags.DEFINE_string("preset", "cifar10-small", "Configuration of the model: see 
 flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
 flags.DEFINE_string("run_dir", "runs/cifar10", "Folder of the checkpoint, the log and the pictures.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoint in run_dir.")
+flags.DEFINE_bool("overwrite", False, "Begin anew where run_dir has a checkpoint.")
+flags.DEFINE_float("checkpoint_minutes", 10, "A checkpoint is also written when so many minutes have passed.")
 flags.DEFINE_integer("batch_size", 4, "Images of a step.")
 flags.DEFINE_integer("steps", 800, "Steps of the whole run.")
 flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation and a checkpoint.")
@@ -51,13 +53,23 @@ def load_data():
     return data
 
 
+def settings(data):
+    """What must be the same when the run goes on."""
+    names = "preset num_blocks batch_size learning_rate warmup_steps average policy seed"
+    return {name: FLAGS[name].value for name in names.split()} | {"data": data}
+
+
+def make_schedule():
+    """The learning rate of the run."""
+    return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
+
+
 def make_model():
     """The model to train."""
     overrides = {} if FLAGS.num_blocks is None else {"num_blocks": FLAGS.num_blocks}
     model = stf.models.SparseTransformer.from_preset(FLAGS.preset, seed=FLAGS.seed, **overrides)
-    schedule = stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, FLAGS.warmup_steps)
     model.compile(
-        optimizer=stf.training.optimizer(schedule, average=FLAGS.average),
+        optimizer=stf.training.optimizer(make_schedule(), average=FLAGS.average),
         loss=stf.training.cross_entropy(),
         metrics=[stf.training.BitsPerDim()],
         jit_compile="auto" if FLAGS.jit_compile is None else FLAGS.jit_compile,
@@ -91,15 +103,19 @@ def main(_):
     data = load_data()
     validation = data.validation[: FLAGS.validation_images or None]
     samples = stf.callbacks.Samples(log_dir, count=FLAGS.samples, seed=FLAGS.seed)
-    model = stf.training.run(
+    model = stf.experiments.run(
         make_model,
         lambda done: stf.data.batches(data.train, FLAGS.batch_size, seed=FLAGS.seed, skip=done),
         stf.data.batches(validation, FLAGS.batch_size),
         run_dir,
         FLAGS.steps,
-        FLAGS.epochs,
+        min(FLAGS.epochs, FLAGS.steps),
         FLAGS.resume,
         [stf.callbacks.AttentionMaps(log_dir, validation[0], every=0), samples],
+        FLAGS.overwrite,
+        settings(data.description),
+        make_schedule(),
+        FLAGS.checkpoint_minutes,
     )
 
     test = data.test[: FLAGS.test_images or None]
@@ -114,4 +130,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    stf.experiments.start(main)

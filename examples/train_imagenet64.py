@@ -13,7 +13,7 @@ import pathlib
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
-from absl import app, flags, logging
+from absl import flags, logging
 from PIL import Image
 
 import stf
@@ -23,6 +23,8 @@ flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
 flags.DEFINE_string("folder", None, "Folder of images to train on instead.")
 flags.DEFINE_string("run_dir", "runs/imagenet64", "Folder of the checkpoint, the log and the samples.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoint in run_dir.")
+flags.DEFINE_bool("overwrite", False, "Begin anew where run_dir has a checkpoint.")
+flags.DEFINE_float("checkpoint_minutes", 10, "A checkpoint is also written when so many minutes have passed.")
 flags.DEFINE_integer("batch_size", 1, "Sequences of a step.")
 flags.DEFINE_integer("steps", 400, "Steps of the whole run.")
 flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation and a checkpoint.")
@@ -38,13 +40,23 @@ flags.DEFINE_integer("seed", 0, "Of initial weights, order of images, dropout an
 FLAGS = flags.FLAGS
 
 
+def settings(data):
+    """What must be the same when the run goes on."""
+    names = "preset num_blocks batch_size learning_rate warmup_steps average policy seed"
+    return {name: FLAGS[name].value for name in names.split()} | {"data": data}
+
+
+def make_schedule():
+    """The learning rate of the run."""
+    return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
+
+
 def make_model():
     """The model to train."""
     overrides = {} if FLAGS.num_blocks is None else {"num_blocks": FLAGS.num_blocks}
     model = stf.models.SparseTransformer.from_preset(FLAGS.preset, seed=FLAGS.seed, **overrides)
-    schedule = stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, FLAGS.warmup_steps)
     model.compile(
-        optimizer=stf.training.optimizer(schedule, average=FLAGS.average),
+        optimizer=stf.training.optimizer(make_schedule(), average=FLAGS.average),
         loss=stf.training.cross_entropy(),
         metrics=[stf.training.BitsPerDim()],
         jit_compile="auto" if FLAGS.jit_compile is None else FLAGS.jit_compile,
@@ -75,7 +87,20 @@ def main(_):
     run_dir = pathlib.Path(FLAGS.run_dir)
     train, held_out = datasets()
     samples = stf.callbacks.Samples(run_dir / "log", (64, 64, 3), FLAGS.samples, seed=FLAGS.seed)
-    model = stf.training.run(make_model, train, held_out, run_dir, FLAGS.steps, FLAGS.epochs, FLAGS.resume, [samples])
+    model = stf.experiments.run(
+        make_model,
+        train,
+        held_out,
+        run_dir,
+        FLAGS.steps,
+        min(FLAGS.epochs, FLAGS.steps),
+        FLAGS.resume,
+        [samples],
+        FLAGS.overwrite,
+        settings(FLAGS.folder or "ImageNet 64x64"),
+        make_schedule(),
+        FLAGS.checkpoint_minutes,
+    )
 
     found = stf.evaluation.evaluate(model, held_out)
     if FLAGS.samples:
@@ -90,4 +115,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    stf.experiments.start(main)

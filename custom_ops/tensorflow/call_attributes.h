@@ -2,8 +2,8 @@
 #ifndef STF_CUSTOM_OPS_TENSORFLOW_CALL_ATTRIBUTES_H_
 #define STF_CUSTOM_OPS_TENSORFLOW_CALL_ATTRIBUTES_H_
 
+#include <charconv>
 #include <cstdint>
-#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -15,9 +15,9 @@ class CallAttributes {
  public:
   CallAttributes& Add(const char* name, int64_t value) { return Write(name, std::to_string(value) + " : i64"); }
   CallAttributes& Add(const char* name, float value) {
-    char digits[32];
-    std::snprintf(digits, sizeof(digits), "%.9e", value);  // nine digits give every float back
-    return Write(name, digits + std::string(" : f32"));
+    char digits[32];  // nine of them give every float back; with a point whatever the locale says
+    const auto end = std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::scientific, 9).ptr;
+    return Write(name, std::string(digits, end) + " : f32");
   }
   CallAttributes& Add(const char* name, const std::vector<int64_t>& values) { return WriteArray(name, "i64", values); }
   CallAttributes& Add(const char* name, const std::vector<int32_t>& values) { return WriteArray(name, "i32", values); }

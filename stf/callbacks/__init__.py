@@ -7,6 +7,7 @@ from stf.callbacks.moving_average import MovingAverage
 from stf.callbacks.non_finite import StopOnNonFinite, first_non_finite
 from stf.callbacks.progress import FirstStep, TrainingLog
 from stf.callbacks.samples import Samples
+from stf.callbacks.stop_on_signal import StopOnSignal
 
 __all__ = [
     "AttentionMaps",
@@ -15,6 +16,7 @@ __all__ = [
     "MovingAverage",
     "Samples",
     "StopOnNonFinite",
+    "StopOnSignal",
     "TrainingLog",
     "drawing",
     "first_non_finite",

@@ -1,35 +1,81 @@
 """Checkpoints that a killed run goes on from."""
 
+import contextlib
 import os
 import pathlib
+import shutil
+import time
 
 import keras
 
+from stf.experiments.errors import RunError
+
 
 class Checkpoint(keras.callbacks.Callback):
-    """Saves model, optimizer and seeds to one file after each epoch; the last good one is always there.
+    """Saves model, optimizer and seeds to one file after each epoch, and by time; the last good one is always there.
 
-    The file is written under another name and then renamed, so that a run killed at any moment leaves a whole
-    one. What has been done is in it: `stf.training.steps_taken` says how many batches.
+    The file is written under another name and then renamed, so that a run killed at any moment leaves a whole one; the
+    one before stays as `NAME.previous.keras`. What has been done is in it: `stf.training.steps_taken` says how many
+    batches.
 
     Args:
         path: a `.keras` file.
+        minutes: a checkpoint is written after a step when so many have passed since the last; None: after epochs alone.
+
+    Raises:
+        RunError: it cannot be written; what was there before is untouched.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, minutes=None):
         super().__init__()
         self.path = pathlib.Path(path)
         if self.path.suffix != ".keras":
             raise ValueError(f"path must end in .keras. Received: path={path}")
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes must be above 0, or None. Received: minutes={minutes!r}")
+        self.minutes = minutes
+        self._saved = time.monotonic()
 
     def save(self):
         """Writes the checkpoint now."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f"{self.path.stem}.new.keras")
-        self.model.save(fresh)
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.model.save(fresh)
+            with open(fresh, "rb") as file:
+                os.fsync(file.fileno())
+            self._keep_previous()
+            fresh.replace(self.path)
+        except (OSError, RuntimeError) as error:  # h5py says some of a disk's errors as RuntimeError
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)  # or a full disk would stay full
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"{self.path} could not be written: {cause}. "
+                "What was there before is untouched; --resume goes on from it once there is room."
+            ) from error
+        self._saved = time.monotonic()
+
+    def _keep_previous(self):
+        """Gives the last checkpoint its second name, before the first is another's."""
+        if not self.path.exists():
+            return
+        link = self.path.with_name(f"{self.path.stem}.link.keras")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(self.path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.path, link)
+        link.replace(self.path.with_name(f"{self.path.stem}.previous.keras"))
+
+    def on_train_begin(self, logs=None):
+        """Time counts from here."""
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Saves where it is time."""
+        if self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes:
+            self.save()
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves."""

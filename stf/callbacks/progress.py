@@ -47,7 +47,8 @@ class TrainingLog(keras.callbacks.Callback):
         step = steps_taken(self.model.optimizer)
         if step // self.every > self._written // self.every:
             self._write_training(step, {name: value for name, value in logs.items() if not name.startswith("val_")})
-        self._write(step, {f"validation/{name[4:]}": logs[name] for name in logs if name.startswith("val_")})
+        if not getattr(self.model, "stop_evaluating", False):  # a validation that was cut short is none
+            self._write(step, {f"validation/{name[4:]}": logs[name] for name in logs if name.startswith("val_")})
         self._writer.flush()
 
     def on_train_end(self, logs=None):

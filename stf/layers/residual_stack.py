@@ -277,8 +277,8 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
 
     def _runs_as_one_op(self, inputs):
         """Whether a training step is the GPU's op, and not a loop of TensorFlow's."""
-        width, hidden = self._stacked["hidden_kernel"].shape[1:]
-        return ops.runs_residual_stack(inputs.dtype, width, hidden, self.num_heads, self.key_dim, self.value_dim)
+        hidden = self._stacked["hidden_kernel"].shape[-1]
+        return ops.runs_residual_stack(inputs, hidden, self.num_heads, self.key_dim, self.value_dim)
 
     @property
     def period(self):

@@ -11,6 +11,7 @@ import importlib.util
 import pathlib
 
 import tensorflow as tf
+from tensorflow.python.eager import context as eager_context
 
 from stf.ops import library
 from stf.ops.attention import program_attributes
@@ -21,24 +22,34 @@ KEEP = {True: 0, "attention": 1, False: 2}  # by what is computed again: `stf_ke
 MOST_WIDTH, MOST_DEPTH, VECTOR = 2048, 256, 8
 
 
-def runs_residual_stack(dtype, width, hidden, num_heads, key_depth, value_depth):
+def runs_residual_stack(inputs, hidden, num_heads, key_depth, value_depth):
     """Whether `residual_stack` takes a stack of these sizes here: halves, a GPU, and widths that are multiples of 8.
 
     Args:
-        dtype: of the stream.
-        width: of the stream, 2,048 at most.
+        inputs: `[batch, position, width]`, the stream; a width of 2,048 at most.
         hidden: units of the feed-forward layers.
         num_heads, key_depth, value_depth: of the attention; depths of 256 at most.
     """
+    width = inputs.shape[-1]
     widths = (width, hidden, num_heads * value_depth, num_heads * (2 * key_depth + value_depth))
     return (
-        dtype in DTYPES
+        inputs.dtype in DTYPES
         and all(size % VECTOR == 0 for size in widths)
         and width <= MOST_WIDTH
         and max(key_depth, value_depth) <= MOST_DEPTH
         and bool(tf.config.list_logical_devices("GPU"))
+        and not _placed_on_a_cpu()
         and hasattr(library.load(), "stf_residual_stack")
     )
+
+
+def _placed_on_a_cpu():
+    """Whether `tf.device` says a CPU, around this op or around the call of the function that is being traced."""
+    scopes = [eager_context.context().device_name or ""]
+    if not tf.executing_eagerly():
+        with tf.control_dependencies(None):
+            scopes.append(tf.no_op().device)
+    return any(tf.DeviceSpec.from_string(scope).device_type == "CPU" for scope in scopes)
 
 
 def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0.0, epsilon=1e-6, recompute=False):
@@ -66,20 +77,38 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
     if not hasattr(library.load(), "stf_residual_stack"):
         raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
     _load_cublas()
-    output, _, _ = library.load().stf_residual_stack(
-        inputs,
-        *(tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights),
-        tf.zeros([2], tf.int32) if seed is None else seed,
-        keep=KEEP[recompute],
-        num_heads=num_heads,
-        key_depth=key_depth,
-        epsilon=epsilon,
-        drop_below=0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
-        drop_scale=1 / (1 - rate),
-        scale=key_depth**-0.5,
+    attributes = {
+        "keep": KEEP[recompute],
+        "num_heads": num_heads,
+        "key_depth": key_depth,
+        "epsilon": epsilon,
+        "drop_below": 0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
+        "drop_scale": 1 / (1 - rate),
+        "scale": key_depth**-0.5,
         **_program_attributes(patterns, num_heads),
-    )
-    return output
+    }
+    seed = tf.zeros([2], tf.int32) if seed is None else seed
+
+    # The op has a gradient of its own, too. An eager tape that sees the op makes zeros for what it keeps, all 27 GiB.
+    @tf.custom_gradient
+    def run(inputs, *weights):
+        inputs, *weights = map(tf.stop_gradient, (inputs, *weights))
+        output, kept, statistics = library.load().stf_residual_stack(inputs, *weights, seed, **attributes)
+
+        @tf.custom_gradient
+        def gradient(upstream, *_):
+            grads = library.load().stf_residual_stack_grad(
+                kept, statistics, tf.stop_gradient(upstream), *weights, seed, **attributes
+            )
+            return tuple(grads), _not_twice
+
+        return output, lambda upstream: gradient(upstream, inputs, *weights)
+
+    return run(inputs, *(tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights))
+
+
+def _not_twice(*grads):
+    raise LookupError("SparseResidualStack is differentiable once in training; call it with training=False for more.")
 
 
 @functools.cache
@@ -142,4 +171,4 @@ def _gradient(op, output_grad, *_):
 
 @tf.RegisterGradient("StfResidualStackGrad")
 def _second_gradient(op, *grads):
-    raise LookupError("SparseResidualStack is differentiable once in training; call it with training=False for more.")
+    _not_twice()

@@ -3,7 +3,6 @@
 from stf.training.loss_scale import LossScale
 from stf.training.losses import BitsPerDim, cross_entropy
 from stf.training.optimizer import AdamW, averages, optimizer, steps_taken, use_average
-from stf.training.run import run
 from stf.training.schedule import WarmupCosine
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "averages",
     "cross_entropy",
     "optimizer",
-    "run",
     "steps_taken",
     "use_average",
 ]

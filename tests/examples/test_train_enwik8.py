@@ -90,3 +90,11 @@ def test_evaluate_gives_one_line_of_json_and_every_bytes_loss(runs):
     losses = np.load(folder / "losses.npy")
     assert result["bytes"] == len(losses) == 2500
     assert result["bits_per_byte"] == pytest.approx(losses.mean() / np.log(2), rel=1e-5)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_in_one_line(runs):
+    done = subprocess.run(train(runs[0] / "whole"), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert str(runs[0] / "whole") in last and "--resume" in last and "--overwrite" in last
+    assert "Traceback" not in done.stderr

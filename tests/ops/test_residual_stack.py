@@ -1,7 +1,9 @@
 """The stack as one op: what can be seen of it without a GPU. What it computes: tests/gpu/test_residual_stack.py."""
 
+import contextlib
 import ctypes
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,13 +50,39 @@ def test_programs_of_several_patterns_are_those_of_each():
 )
 def test_what_the_op_does_not_take_runs_as_a_loop(sizes, monkeypatch):
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])  # as if there were a GPU
-    assert not runs_residual_stack(*sizes)
-    assert runs_residual_stack(tf.bfloat16, 64, 128, 2, 16, 32) == hasattr(library.load(), "stf_residual_stack")
+    dtype, width, *rest = sizes
+    assert not runs_residual_stack(tf.zeros([1, 8, width], dtype), *rest)
+    assert runs_here() == hasattr(library.load(), "stf_residual_stack")
+
+
+def runs_here(x=None):
+    return runs_residual_stack(tf.zeros([1, 8, 64], tf.bfloat16) if x is None else x, 128, 2, 16, 32)
+
+
+@pytest.mark.parametrize("scope", ["around the call", "around the function", "within the function"])
+def test_what_is_placed_on_a_cpu_runs_as_a_loop(scope, monkeypatch):
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
+    monkeypatch.setattr(library, "load", lambda: SimpleNamespace(stf_residual_stack=None))
+    assert runs_here()
+    found = []
+
+    @tf.function
+    def traced(x):
+        with tf.device("CPU:0") if scope == "within the function" else contextlib.nullcontext():
+            found.append(runs_here(x))
+        return x
+
+    x = tf.zeros([1, 8, 64], tf.bfloat16)
+    with tf.device("CPU:0") if scope != "within the function" else contextlib.nullcontext():
+        found.append(runs_here()) if scope == "around the call" else traced(x)
+    assert found == [False]
+    traced(tf.zeros([2, 8, 64], tf.bfloat16))
+    assert found[1:] == [scope != "within the function"]
 
 
 def test_a_cpu_runs_the_loop():
     if not tf.config.list_physical_devices("GPU"):
-        assert not runs_residual_stack(tf.bfloat16, 64, 128, 2, 16, 32)
+        assert not runs_here()
 
 
 @pytest.mark.skipif(not hasattr(library.load(), "stf_residual_stack"), reason="the library was built without CUDA")

@@ -229,7 +229,7 @@ def test_a_run_taken_up_in_the_midst_of_an_accumulation_ends_bit_for_bit(policy,
         return batches.map(lambda batch: (batch, batch))
 
     def run(folder, **options):
-        return stf.training.run(
+        return stf.experiments.run(
             lambda: small_model(policy, num_blocks=2, dropout=dropout, average=0.9, accumulation_steps=3),
             train,
             train(0).take(1),
