@@ -53,12 +53,6 @@ def load_data():
     return data
 
 
-def settings(data):
-    """What must be the same when the run goes on."""
-    names = "preset num_blocks batch_size learning_rate warmup_steps average policy seed"
-    return {name: FLAGS[name].value for name in names.split()} | {"data": data}
-
-
 def make_schedule():
     """The learning rate of the run."""
     return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
@@ -113,7 +107,7 @@ def main(_):
         FLAGS.resume,
         [stf.callbacks.AttentionMaps(log_dir, validation[0], every=0), samples],
         FLAGS.overwrite,
-        settings(data.description),
+        stf.experiments.settings(FLAGS, data.description),
         make_schedule(),
         FLAGS.checkpoint_minutes,
     )

@@ -39,12 +39,6 @@ flags.DEFINE_integer("seed", 0, "Of initial weights, crops, dropout and the samp
 FLAGS = flags.FLAGS
 
 
-def settings(data):
-    """What must be the same when the run goes on."""
-    names = "preset num_blocks batch_size learning_rate warmup_steps average policy seed"
-    return {name: FLAGS[name].value for name in names.split()} | {"data": data}
-
-
 def make_schedule():
     """The learning rate of the run."""
     return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
@@ -80,7 +74,7 @@ def main(_):
         min(FLAGS.epochs, FLAGS.steps),
         FLAGS.resume,
         overwrite=FLAGS.overwrite,
-        settings=settings(data.description),
+        settings=stf.experiments.settings(FLAGS, data.description),
         schedule=make_schedule(),
         checkpoint_minutes=FLAGS.checkpoint_minutes,
     )

@@ -40,12 +40,6 @@ flags.DEFINE_integer("seed", 0, "Of initial weights, order of images, dropout an
 FLAGS = flags.FLAGS
 
 
-def settings(data):
-    """What must be the same when the run goes on."""
-    names = "preset num_blocks batch_size learning_rate warmup_steps average policy seed"
-    return {name: FLAGS[name].value for name in names.split()} | {"data": data}
-
-
 def make_schedule():
     """The learning rate of the run."""
     return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
@@ -97,7 +91,7 @@ def main(_):
         FLAGS.resume,
         [samples],
         FLAGS.overwrite,
-        settings(FLAGS.folder or "ImageNet 64x64"),
+        stf.experiments.settings(FLAGS, FLAGS.folder or "ImageNet 64x64"),
         make_schedule(),
         FLAGS.checkpoint_minutes,
     )

@@ -3,7 +3,6 @@
 #define STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_CALL_H_
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "custom_ops/residual_stack/cuda/residual_stack.h"

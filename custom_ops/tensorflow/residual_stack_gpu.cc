@@ -5,7 +5,6 @@
 #define EIGEN_USE_GPU
 #include "custom_ops/tensorflow/layouts_on_device.h"
 #include "custom_ops/tensorflow/residual_stack_attributes.h"
-#include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 

@@ -2,7 +2,7 @@
 
 from stf.callbacks import drawing
 from stf.callbacks.attention_maps import AttentionMaps
-from stf.callbacks.checkpoint import Checkpoint
+from stf.callbacks.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from stf.callbacks.moving_average import MovingAverage
 from stf.callbacks.non_finite import StopOnNonFinite, first_non_finite
 from stf.callbacks.progress import FirstStep, TrainingLog
@@ -12,6 +12,7 @@ from stf.callbacks.stop_on_signal import StopOnSignal
 __all__ = [
     "AttentionMaps",
     "Checkpoint",
+    "CheckpointError",
     "FirstStep",
     "MovingAverage",
     "Samples",
@@ -20,4 +21,5 @@ __all__ = [
     "TrainingLog",
     "drawing",
     "first_non_finite",
+    "load_checkpoint",
 ]

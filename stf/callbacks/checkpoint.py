@@ -8,7 +8,9 @@ import time
 
 import keras
 
-from stf.experiments.errors import RunError
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written or read; one line that names the path, the cause and what to do."""
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -23,7 +25,7 @@ class Checkpoint(keras.callbacks.Callback):
         minutes: a checkpoint is written after a step when so many have passed since the last; None: after epochs alone.
 
     Raises:
-        RunError: it cannot be written; what was there before is untouched.
+        CheckpointError: it cannot be written; what was there before is untouched.
     """
 
     def __init__(self, path, minutes=None):
@@ -50,7 +52,7 @@ class Checkpoint(keras.callbacks.Callback):
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)  # or a full disk would stay full
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RunError(
+            raise CheckpointError(
                 f"{self.path} could not be written: {cause}. "
                 "What was there before is untouched; --resume goes on from it once there is room."
             ) from error
@@ -66,7 +68,7 @@ class Checkpoint(keras.callbacks.Callback):
             os.link(self.path, link)
         except OSError:  # a file system without hard links
             shutil.copyfile(self.path, link)
-        link.replace(self.path.with_name(f"{self.path.stem}.previous.keras"))
+        link.replace(_previous(self.path))
 
     def on_train_begin(self, logs=None):
         """Time counts from here."""
@@ -80,3 +82,42 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Saves."""
         self.save()
+
+
+def _previous(path):
+    """Where the checkpoint before that of a path lies."""
+    return path.with_name(f"{path.stem}.previous.keras")
+
+
+def load_checkpoint(path):
+    """The model of a checkpoint; of the one before it, where the last cannot be read.
+
+    Args:
+        path: `.../checkpoint.keras`.
+
+    Raises:
+        CheckpointError: neither can be read.
+    """
+    path = pathlib.Path(path)
+    causes = []
+    for candidate in (path, _previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            model = keras.saving.load_model(candidate)
+        except (
+            Exception
+        ) as error:  # whatever a file may hold: Keras raises ValueError, KeyError, OSError, zipfile's own
+            causes.append(f"{candidate} is no whole checkpoint ({_first_line(error)})")
+            continue
+        if causes:
+            print(f"{causes[0]}: going on from the one before it, {candidate}")
+        return model
+    raise CheckpointError(
+        f"{'; '.join(causes) or f'{path} is not there'}. Begin anew with --overwrite, or name another --run_dir."
+    )
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

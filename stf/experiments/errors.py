@@ -2,4 +2,4 @@
 
 
 class RunError(RuntimeError):
-    """A run that cannot begin, go on or be written; one line that names the path, the cause and what to do."""
+    """A run that cannot begin or go on; one line that names the path, the cause and what to do."""

@@ -3,7 +3,15 @@
 import contextlib
 import pathlib
 
-from stf.experiments.checkpoints import load_checkpoint
+from stf.callbacks import (
+    Checkpoint,
+    FirstStep,
+    MovingAverage,
+    StopOnNonFinite,
+    StopOnSignal,
+    TrainingLog,
+    load_checkpoint,
+)
 from stf.experiments.errors import RunError
 from stf.experiments.record import Record
 from stf.training.optimizer import steps_taken, use_average
@@ -49,16 +57,15 @@ def run(
     Raises:
         ValueError: there are fewer steps than epochs.
         RunError: the folder has a checkpoint and neither `resume` nor `overwrite` is set, or has none to resume from;
-            the run was started with other settings; a checkpoint cannot be read or written.
+            the run was started with other settings.
+        CheckpointError: a checkpoint cannot be read or written.
         SystemExit: a signal came; its code is 128 + the signal's number.
     """
-    from stf.callbacks import Checkpoint, FirstStep, MovingAverage, StopOnNonFinite, StopOnSignal, TrainingLog
-
     if not 1 <= epochs <= steps:
         raise ValueError(f"epochs must be from 1 to steps. Received: epochs={epochs}, steps={steps}")
     run_dir, settings = pathlib.Path(run_dir), settings or {}
     path, record = run_dir / "checkpoint.keras", Record(run_dir)
-    exists = path.exists()
+    exists = any(run_dir.glob("checkpoint*.keras"))
     if exists and not resume and not overwrite:
         raise RunError(
             f"{run_dir} has the checkpoint of a run. --resume goes on with it, --overwrite begins anew in its place; "
@@ -75,29 +82,29 @@ def run(
                 raise RunError(
                     f"The run in {run_dir} was started with {before} steps, and nothing says how it goes on."
                 )
-            inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-            inner.set_schedule(schedule)
             print(f"{before:,} steps are now {steps:,}: the learning rate goes on along the schedule of the longer run")
+        if schedule is not None:  # also where the steps were raised before, and no checkpoint came of it
+            getattr(model.optimizer, "inner_optimizer", model.optimizer).set_schedule(schedule)
     else:
         model = make_model()
+        for old in run_dir.glob("checkpoint*.keras"):  # no later --resume may take them for this run's
+            old.unlink()
     record.write(steps, settings)
     print(f"{model.count_params():,} parameters, {steps:,} steps")
     stop = StopOnSignal()
-    first, shared = (
-        [FirstStep()],
-        [
-            TrainingLog(run_dir / "log"),
-            Checkpoint(path, checkpoint_minutes),
-            MovingAverage(),
-            StopOnNonFinite(),
-            *callbacks,
-            stop,
-        ],
-    )
+    first = [FirstStep()]
+    shared = [
+        TrainingLog(run_dir / "log"),
+        Checkpoint(path, checkpoint_minutes),
+        MovingAverage(),
+        StopOnNonFinite(),
+        *callbacks,
+        stop,
+    ]
     done = steps_taken(model.optimizer)
     fits = _fits(done, steps, epochs)
     for index, (epoch, count, length) in enumerate(fits):
-        with _weights_kept(model) if index + 1 < len(fits) else contextlib.nullcontext():
+        with _weights_kept(model.optimizer) if index + 1 < len(fits) else contextlib.nullcontext():
             model.fit(
                 train(done),
                 initial_epoch=epoch,
@@ -135,7 +142,11 @@ def _fits(done, steps, epochs):
     return fits
 
 
-def _weights_kept(model):
-    """Keeps a `fit` that is not the last from making the weights their moving average."""
-    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    return inner.weights_kept()
+@contextlib.contextmanager
+def _weights_kept(optimizer):
+    """Keeps a `fit` that is not the last from making the weights their moving average, as Keras does at its end."""
+    optimizer.finalize_variable_values = lambda variables: None
+    try:
+        yield
+    finally:
+        del optimizer.finalize_variable_values

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from stf.layers.block import BlockWeights
+from stf.ops.differentiation import differentiable_once
 
 # The weights that each step of a block reads, as indices of `BlockWeights`.
 PROJECT, COMBINE, HIDDEN, OUTPUT = slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)
@@ -47,20 +48,14 @@ class ResidualLoop:
     def differentiable(self, stream):
         """The blocks, with the gradient of this module. Differentiable once."""
 
-        @tf.custom_gradient
-        def run(stream, *weights):
-            # No tape sees what happens here, or it would keep it (eagerly).
-            stream, *weights = map(tf.stop_gradient, (stream, *weights))
-            output, kept = self._forward(stream, BlockWeights(*weights))
+        def forward(stream, *weights):
+            return self._forward(stream, BlockWeights(*weights))
 
-            @tf.custom_gradient
-            def gradient(upstream, *inputs):
-                stream, grads = self._backward(BlockWeights(*weights), kept, tf.stop_gradient(upstream))
-                return (stream, *grads), _not_twice
+        def backward(kept, upstream, _, *weights):
+            stream, grads = self._backward(BlockWeights(*weights), kept, upstream)
+            return stream, *grads
 
-            return output, lambda upstream: gradient(upstream, stream, *weights)
-
-        return run(stream, *self._weights)
+        return differentiable_once(forward, backward)(stream, *self._weights)
 
     def _while(self, body, state):
         return tf.while_loop(lambda i, *_: i < self._periods, body, state, maximum_iterations=self._periods)
@@ -194,7 +189,3 @@ def _vjp(function, weights, *inputs):
         return grads[: len(inputs)], grads[len(inputs) :]
 
     return value, back
-
-
-def _not_twice(*grads):
-    raise LookupError("SparseResidualStack is differentiable once in training; call it with training=False for more.")

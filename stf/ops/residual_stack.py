@@ -15,6 +15,7 @@ from tensorflow.python.eager import context as eager_context
 
 from stf.ops import library
 from stf.ops.attention import program_attributes
+from stf.ops.differentiation import differentiable_once
 from stf.patterns import Kind
 
 DTYPES = (tf.bfloat16, tf.float16)
@@ -47,8 +48,7 @@ def _placed_on_a_cpu():
     """Whether `tf.device` says a CPU, around this op or around the call of the function that is being traced."""
     scopes = [eager_context.context().device_name or ""]
     if not tf.executing_eagerly():
-        with tf.control_dependencies(None):
-            scopes.append(tf.no_op().device)
+        scopes.append(tf.no_op().device)
     return any(tf.DeviceSpec.from_string(scope).device_type == "CPU" for scope in scopes)
 
 
@@ -89,26 +89,15 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
     }
     seed = tf.zeros([2], tf.int32) if seed is None else seed
 
-    # The op has a gradient of its own, too. An eager tape that sees the op makes zeros for what it keeps, all 27 GiB.
-    @tf.custom_gradient
-    def run(inputs, *weights):
-        inputs, *weights = map(tf.stop_gradient, (inputs, *weights))
-        output, kept, statistics = library.load().stf_residual_stack(inputs, *weights, seed, **attributes)
+    def forward(inputs, *weights):
+        output, *kept = library.load().stf_residual_stack(inputs, *weights, seed, **attributes)
+        return output, kept
 
-        @tf.custom_gradient
-        def gradient(upstream, *_):
-            grads = library.load().stf_residual_stack_grad(
-                kept, statistics, tf.stop_gradient(upstream), *weights, seed, **attributes
-            )
-            return tuple(grads), _not_twice
+    def backward(kept, upstream, _, *weights):
+        return library.load().stf_residual_stack_grad(*kept, upstream, *weights, seed, **attributes)
 
-        return output, lambda upstream: gradient(upstream, inputs, *weights)
-
-    return run(inputs, *(tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights))
-
-
-def _not_twice(*grads):
-    raise LookupError("SparseResidualStack is differentiable once in training; call it with training=False for more.")
+    weights = [tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights]
+    return differentiable_once(forward, backward)(inputs, *weights)
 
 
 @functools.cache
@@ -142,33 +131,3 @@ def _program_attributes(patterns, num_heads):
         layouts += of_pattern["layouts"]
         first.append(len(begin) - 1)
     return {"components": components, "program_begin": begin, "layouts": layouts, "first_program": first}
-
-
-ATTRIBUTES = (
-    "keep",
-    "num_heads",
-    "key_depth",
-    "epsilon",
-    "drop_below",
-    "drop_scale",
-    "scale",
-    "components",
-    "program_begin",
-    "layouts",
-    "first_program",
-)
-
-
-@tf.RegisterGradient("StfResidualStack")
-def _gradient(op, output_grad, *_):
-    _, *weights, seed = op.inputs
-    _, kept, statistics = op.outputs
-    grads = library.load().stf_residual_stack_grad(
-        kept, statistics, output_grad, *weights, seed, **{name: op.get_attr(name) for name in ATTRIBUTES}
-    )
-    return [*grads, None]
-
-
-@tf.RegisterGradient("StfResidualStackGrad")
-def _second_gradient(op, *grads):
-    _not_twice()

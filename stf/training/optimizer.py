@@ -1,7 +1,5 @@
 """Adam as the paper uses it."""
 
-import contextlib
-
 import keras
 import tensorflow as tf
 
@@ -62,7 +60,6 @@ class AdamW(keras.optimizers.Optimizer):
         self.global_clipnorm = global_clipnorm
         self.average = average
         self.accumulation_steps = accumulation_steps
-        self._keeps_weights = False
 
     def build(self, variables):
         """Makes the slots of all variables, and the counters."""
@@ -205,19 +202,8 @@ class AdamW(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list):
         """At the end of `fit`: the weights become their moving average, where there is one."""
-        if self._keeps_weights:
-            return
         for weight, average in self.averages():
             weight.assign(average)
-
-    @contextlib.contextmanager
-    def weights_kept(self):
-        """While it lasts, `fit` leaves the weights as they are at its end: for a run of several calls of `fit`."""
-        self._keeps_weights = True
-        try:
-            yield
-        finally:
-            self._keeps_weights = False
 
     def set_schedule(self, schedule):
         """Makes a schedule, or a number, the learning rate from here on, whatever it was before."""

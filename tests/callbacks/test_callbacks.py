@@ -69,7 +69,7 @@ def test_checkpoint_leaves_the_last_good_one_when_saving_fails(model, tmp_path, 
         raise OSError("No space left on device")
 
     monkeypatch.setattr(model, "save", fail)
-    with pytest.raises(stf.experiments.RunError, match="No space"):
+    with pytest.raises(OSError, match="No space"):
         checkpoint.save()
     assert (tmp_path / "checkpoint.keras").read_bytes() == before
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stf.callbacks import Checkpoint
+from stf.callbacks import Checkpoint, CheckpointError
 from stf.experiments import RunError, run
 from stf.experiments.run import _fits
 from stf.models import SparseTransformer
@@ -52,6 +52,13 @@ class SignalAt(keras.callbacks.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Fails(keras.callbacks.Callback):
+    """Ends a run before its first step."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        raise KeyError
+
+
 def test_a_run_is_not_overwritten_unless_it_is_asked_for(tmp_path):
     with pytest.raises(RunError, match=f"no checkpoint in {tmp_path / 'run'} to resume from"):
         small_run(tmp_path / "run", resume=True)
@@ -62,6 +69,10 @@ def test_a_run_is_not_overwritten_unless_it_is_asked_for(tmp_path):
     assert (tmp_path / "run" / "checkpoint.keras").read_bytes() == before
     again = small_run(tmp_path / "run", overwrite=True).get_weights()
     assert all(map(np.array_equal, first, again))
+    with pytest.raises(KeyError):
+        small_run(tmp_path / "run", overwrite=True, callbacks=[Fails()])
+    with pytest.raises(RunError, match="no checkpoint"):  # what was overwritten is nobody's to resume
+        small_run(tmp_path / "run", resume=True)
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -83,8 +94,10 @@ def test_more_steps_go_on_along_the_longer_schedule(tmp_path, capsys):
     small_run(tmp_path, make=lambda: make_model(schedules[6]))
     with pytest.raises(RunError, match="started with 6 steps, and nothing says"):
         small_run(tmp_path, steps=12, resume=True)
-    model = small_run(tmp_path, steps=12, resume=True, schedule=schedules[12])
+    with pytest.raises(KeyError):  # before its first checkpoint
+        small_run(tmp_path, steps=12, resume=True, schedule=schedules[12], callbacks=[Fails()])
     assert "6 steps are now 12" in capsys.readouterr().out
+    model = small_run(tmp_path, steps=12, resume=True, schedule=schedules[12])
     assert steps_taken(model.optimizer) == 12
     assert model.optimizer.get_config()["learning_rate"]["config"]["total_steps"] == 12
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == 12
@@ -119,6 +132,19 @@ def test_a_run_that_a_signal_stops_ends_bit_for_bit(name, moment, tmp_path, caps
     assert steps_taken(resumed.optimizer) == steps_taken(whole.optimizer) == 11
     for a, b in zip(*(m.variables + m.optimizer.variables for m in (resumed, whole)), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=b.path)
+
+
+def test_any_optimizer_will_do(tmp_path):
+    def make():
+        model = make_model()
+        model.compile(keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.5), cross_entropy())
+        return model
+
+    whole = small_run(tmp_path / "whole", make=make).get_weights()
+    with pytest.raises(SystemExit):
+        small_run(tmp_path / "stopped", make=make, callbacks=[SignalAt(signal.SIGTERM, step=2)])
+    resumed = small_run(tmp_path / "stopped", make=make, resume=True).get_weights()
+    assert all(map(np.array_equal, whole, resumed))
 
 
 def test_a_run_that_was_done_is_given_again(tmp_path):
@@ -160,7 +186,9 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caps
     assert f"{path} is no whole checkpoint" in out and "after step 2" in out
     for name in ("checkpoint.keras", "checkpoint.previous.keras"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(RunError, match="checkpoint.keras is no whole checkpoint.*previous.*--overwrite") as error:
+    with pytest.raises(
+        CheckpointError, match="checkpoint.keras is no whole checkpoint.*previous.*--overwrite"
+    ) as error:
         small_run(tmp_path, steps=4, epochs=2, resume=True)
     assert "\n" not in str(error.value)
 
@@ -176,7 +204,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.model, "save", save)
-    with pytest.raises(RunError, match=f"{checkpoint.path} could not be written: .*No space left"):
+    with pytest.raises(CheckpointError, match=f"{checkpoint.path} could not be written: .*No space left"):
         checkpoint.save()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.keras"] and checkpoint.path.read_bytes() == before
 

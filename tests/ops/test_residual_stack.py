@@ -11,6 +11,8 @@ import tensorflow as tf
 
 import stf
 from stf import patterns
+from stf.layers.block import BlockWeights
+from stf.layers.residual_loop import ResidualLoop
 from stf.ops import library
 from stf.ops.residual_stack import _load_cublas, _program_attributes, residual_stack, runs_residual_stack
 from stf.patterns import Program, components_mask
@@ -81,7 +83,7 @@ def test_what_is_placed_on_a_cpu_runs_as_a_loop(scope, monkeypatch):
 
 
 def test_a_cpu_runs_the_loop():
-    if not tf.config.list_physical_devices("GPU"):
+    with tf.device("CPU"):
         assert not runs_here()
 
 
@@ -115,6 +117,61 @@ def test_cublas_of_nvidias_wheels_is_loaded_by_its_path(tmp_path, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", loaded.append)
     assert _load_cublas.__wrapped__() == loaded[0]
     assert loaded == [str(tmp_path / "nvidia" / "cublas" / "lib" / "libcublasLt.so.12")]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_gradients_of_the_op_reach_their_weights(eager, monkeypatch):
+    """With a stand-in for the kernels: TensorFlow's loop, which the op is to compute the same as."""
+    stack = stf.layers.SparseResidualStack(
+        3, [patterns.Local(4)], 2, 16, dropout=0.25, recompute=True, dtype="mixed_bfloat16", seed=1
+    )
+    stack.build([None, None, 64])
+    x = tf.random.stateless_normal([2, 8, 64], [1, 2], dtype=tf.bfloat16)
+    kept_by_eager = []
+
+    def forward(stream, *weights_and_seed, **attributes):
+        assert attributes["keep"] == 0 and attributes["drop_below"] == 2**30
+        *weights, seed = weights_and_seed
+        output = ResidualLoop(stack._block, BlockWeights(*weights), 1, True, seed)(stream)
+        kept_by_eager.append(stream)
+        return output, stream, tf.zeros([0])
+
+    def gradient(stream, statistics, upstream, *weights_and_seed, **attributes):
+        *weights, seed = weights_and_seed
+        with tf.GradientTape() as tape:
+            tape.watch([stream, *weights])
+            output = ResidualLoop(stack._block, BlockWeights(*weights), 1, True, seed)(stream)
+        return tape.gradient(output, [stream, *weights], upstream)
+
+    def step(x):
+        stack.seed_generator.state.assign([5, 7])
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = stack(x, training=True)
+        return output, *tape.gradient(output, [x, *stack.trainable_variables], tf.sin(output))
+
+    by_loop = (step if eager else tf.function(step))(x)
+    monkeypatch.setattr(stf.ops, "runs_residual_stack", lambda *_: True)
+    real = library.load()
+    stand_in = SimpleNamespace(
+        stf_residual_stack=forward,
+        stf_residual_stack_grad=gradient,
+        stf_packed_attention=real.stf_packed_attention,
+        stf_packed_attention_grad=real.stf_packed_attention_grad,
+    )
+    monkeypatch.setattr(library, "load", lambda: stand_in)
+    by_op = (step if eager else tf.function(step))(x)
+    assert len(kept_by_eager) == 1
+    for a, b in zip(by_op, by_loop, strict=True):
+        assert a.dtype == b.dtype
+        scale = float(tf.reduce_max(tf.abs(b)))
+        np.testing.assert_allclose(tf.cast(a, tf.float32), tf.cast(b, tf.float32), atol=2e-2 * scale)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        grad = step(x)[1]
+    if eager:
+        with pytest.raises(LookupError, match="differentiable once"):
+            outer.gradient(grad, x)
 
 
 def test_a_library_without_cuda_says_so(monkeypatch):

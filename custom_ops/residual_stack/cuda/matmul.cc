@@ -86,7 +86,6 @@ const Library& Lt() {
 
 // A product of one shape on one device, prepared. The descriptor holds the bias' address, which differs from call to call.
 struct Plan {
-  Handle handle;
   void *desc, *a, *b, *c;
   Algorithm algorithm;
   const char* error = nullptr;
@@ -108,7 +107,6 @@ Plan Prepare(Handle handle, int32_t dtype, bool transpose_a, bool transpose_b, b
   const size_t workspace = kMatmulWorkspace;
   const void* aligned = reinterpret_cast<const void*>(uintptr_t{kAlignment});
   Plan plan = {};
-  plan.handle = handle;
   void* preference = nullptr;
   Heuristic found = {};
   int count = 0;

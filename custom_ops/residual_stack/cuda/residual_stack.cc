@@ -5,121 +5,13 @@
 #include <utility>
 
 #include "custom_ops/attention/cuda/attention.h"
+#include "custom_ops/residual_stack/cuda/activations.h"
 #include "custom_ops/residual_stack/cuda/matmul.h"
 #include "custom_ops/residual_stack/cuda/rowwise.h"
 
 namespace {
 
 using namespace stf::cuda;  // NOLINT: this file is the library's face
-
-constexpr int64_t kElement = 2;     // bytes of a half
-constexpr size_t kAlignment = 256;  // of what the workspace is divided into
-
-// Hands out memory from a beginning on; from null on, it only counts.
-class Arena {
- public:
-  explicit Arena(void* begin) : begin_(static_cast<char*>(begin)) {}
-
-  char* Take(size_t bytes) {
-    char* taken = begin_ + used_;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return taken;
-  }
-  float* TakeFloats(size_t count) { return reinterpret_cast<float*>(Take(count * sizeof(float))); }
-  size_t used() const { return used_; }
-
- private:
-  char* begin_;
-  size_t used_ = 0;
-};
-
-// Sizes that everything is counted in.
-struct Sizes {
-  int64_t rows, width, hidden, units, values, statistics;
-
-  explicit Sizes(const stf_stack& stack) {
-    const stf_problem& p = stack.attention[0];
-    rows = p.batch * p.positions;
-    width = stack.width;
-    hidden = stack.hidden_width;
-    values = p.heads * p.value_depth;
-    units = 2 * p.heads * p.key_depth + values;
-    statistics = rows * p.heads;
-  }
-};
-
-// Blocks that are computed again at a time, from the input of their first: the more, the less is kept, and the more workspace their
-// tensors take.
-constexpr int64_t kSegment = 2;
-int64_t Segment(const stf_stack& stack) { return stack.keep == STF_KEEP_STREAM ? kSegment : 1; }
-
-// What a block computes on its way and its gradient needs; names are those of residual_stack.h.
-struct Activations {
-  char* stream;                                                               // the block's input; only where it is kept
-  char *normalized, *units, *heads, *second_normalized, *hidden, *activated;  // second: of the stream after attention
-  float *inv_std, *second_inv_std, *log_sum_exp;
-};
-
-// Those of a block that are kept; the others stay null.
-Activations Kept(const stf_stack& stack, const void* kept, const float* statistics, int64_t block) {
-  if (block % Segment(stack)) return {};
-  const Sizes s(stack);
-  const int64_t row = block / Segment(stack);
-  char* next = static_cast<char*>(const_cast<void*>(kept)) + row * stf_stack_kept(&stack) * kElement;
-  float* next_statistic = const_cast<float*>(statistics) + row * stf_stack_kept_statistics(&stack);
-  auto take = [&](int64_t columns) { return std::exchange(next, next + s.rows * columns * kElement); };
-  auto take_statistic = [&](int64_t count) { return std::exchange(next_statistic, next_statistic + count); };
-  Activations a = {};
-  if (stack.keep != STF_KEEP_ALL) a.stream = take(s.width);
-  if (stack.keep != STF_KEEP_STREAM) {
-    a.heads = take(s.values);
-    a.log_sum_exp = take_statistic(s.statistics);
-  }
-  if (stack.keep == STF_KEEP_ALL) {
-    a.normalized = take(s.width);
-    a.units = take(s.units);
-    a.second_normalized = take(s.width);
-    a.hidden = take(s.hidden);
-    a.activated = take(s.hidden);
-    a.inv_std = take_statistic(s.rows);
-    a.second_inv_std = take_statistic(s.rows);
-  }
-  return a;
-}
-
-// The others, which blocks share. A gradient of the hidden layer, or of the units, may take the place of `activated`.
-Activations Shared(const stf_stack& stack, Arena* arena) {
-  const Sizes s(stack);
-  Activations a = {};
-  if (stack.keep == STF_KEEP_STREAM) {
-    a.heads = arena->Take(s.rows * s.values * kElement);
-    a.log_sum_exp = arena->TakeFloats(s.statistics);
-  }
-  if (stack.keep != STF_KEEP_ALL) {
-    a.normalized = arena->Take(s.rows * s.width * kElement);
-    a.units = arena->Take(s.rows * s.units * kElement);
-    a.second_normalized = arena->Take(s.rows * s.width * kElement);
-    a.hidden = arena->Take(s.rows * s.hidden * kElement);
-    a.activated = arena->Take(s.rows * std::max(s.hidden, s.units) * kElement);
-    a.inv_std = arena->TakeFloats(s.rows);
-    a.second_inv_std = arena->TakeFloats(s.rows);
-  }
-  return a;
-}
-
-Activations Both(Activations a, const Activations& b) {
-  auto fill = [](auto*& x, auto* y) { x = x ? x : y; };
-  fill(a.normalized, b.normalized);
-  fill(a.units, b.units);
-  fill(a.heads, b.heads);
-  fill(a.second_normalized, b.second_normalized);
-  fill(a.hidden, b.hidden);
-  fill(a.activated, b.activated);
-  fill(a.inv_std, b.inv_std);
-  fill(a.second_inv_std, b.second_inv_std);
-  fill(a.log_sum_exp, b.log_sum_exp);
-  return a;
-}
 
 // A block's weights.
 stf_stack_weights OfBlock(const stf_stack& stack, const stf_stack_weights& w, int64_t block) {
@@ -176,7 +68,7 @@ class Pass {
   const stf_problem& Problem(int64_t block) const { return stack_.attention[block % stack_.period]; }
   stf_stack_weights Weights(int64_t block) const { return OfBlock(stack_, weights_, block); }
 
-  // For Ascend.
+  // For ForwardToActivated.
   void RoundBiases() {
     const int32_t dtype = stack_.attention[0].dtype;
     Check(Round(dtype, weights_.projection_bias, projection_bias_, stack_.blocks * sizes_.units, stream_));
@@ -209,7 +101,7 @@ class Pass {
 
   // From a block's normalized input to its hidden layer after f. `middle`, unless null, gets the stream
   // after attention, and may be `input`.
-  void Ascend(int64_t block, const Activations& a, const void* input, void* middle, bool with_attention) {
+  void ForwardToActivated(int64_t block, const Activations& a, const void* input, void* middle, bool with_attention) {
     const Sizes& s = sizes_;
     const stf_stack_weights w = Weights(block);
     matmul_.Forward(a.normalized, w.projection_kernel, projection_bias_ + block * s.units * kElement, a.units, s.rows, s.width, s.units);
@@ -227,7 +119,7 @@ class Pass {
   }
 
   // From there to the block's end: `stream`, from the stream after attention on, in place; normalized for the next block, if there is one.
-  void Finish(int64_t block, const Activations& a, void* stream, const Activations& next) {
+  void ForwardToEnd(int64_t block, const Activations& a, void* stream, const Activations& next) {
     const stf_stack_weights w = Weights(block);
     matmul_.Forward(a.activated, w.output_kernel, nullptr, branch_, sizes_.rows, sizes_.hidden, sizes_.width);
     Add(stream, w.output_bias, block, 1, stream, next.normalized, next.inv_std);
@@ -251,7 +143,7 @@ class Forward : public Pass {
       : Pass(stack, weights, arena, false, stream) {}
 
   void Run(const void* input, void* output, void* kept, float* statistics) {
-    auto activations = [&](int64_t block) { return Both(Kept(stack_, kept, statistics, block), shared_[0]); };
+    auto activations = [&](int64_t block) { return Merge(Kept(stack_, kept, statistics, block), shared_[0]); };
     RoundBiases();
     Activations a = activations(0);
     if (a.stream) Check(cudaMemcpyAsync(a.stream, input, sizes_.rows * sizes_.width * kElement, cudaMemcpyDeviceToDevice, stream_));
@@ -260,8 +152,8 @@ class Forward : public Pass {
       const Activations next = block + 1 < stack_.blocks ? activations(block + 1) : Activations{};
       // The stream lies where it is kept, or in `output`; the middle of a block where its end will be.
       void* end = next.stream ? next.stream : output;
-      Ascend(block, a, input, end, /*with_attention=*/true);
-      Finish(block, a, end, next);
+      ForwardToActivated(block, a, input, end, /*with_attention=*/true);
+      ForwardToEnd(block, a, end, next);
       input = end;
       a = next;
     }
@@ -322,7 +214,7 @@ class Backward : public Pass {
 
  private:
   Activations Of(int64_t block, const void* kept, const float* statistics) const {
-    return Both(Kept(stack_, kept, statistics, block), shared_[block % Segment(stack_)]);
+    return Merge(Kept(stack_, kept, statistics, block), shared_[block % Segment(stack_)]);
   }
 
   // What is not kept of blocks `first` to `last`, all but the end of the last.
@@ -332,10 +224,10 @@ class Backward : public Pass {
     Normalize(input, a.normalized, a.inv_std);
     for (int64_t block = first; block <= last; block++) {
       const bool more = block < last;
-      Ascend(block, a, input, more ? segment_stream_ : nullptr, stack_.keep == STF_KEEP_STREAM);
+      ForwardToActivated(block, a, input, more ? segment_stream_ : nullptr, stack_.keep == STF_KEEP_STREAM);
       if (!more) return;
       const Activations next = Of(block + 1, kept, statistics);
-      Finish(block, a, segment_stream_, next);
+      ForwardToEnd(block, a, segment_stream_, next);
       input = segment_stream_;
       a = next;
     }
