@@ -1,11 +1,10 @@
 """Trains a Sparse Transformer on CIFAR-10 and shows what it has learned.
 
-    python examples/train_cifar10.py                                   # small model, minutes on two CPU cores
-    python examples/train_cifar10.py --data_dir=PATH                   # where tensorflow-datasets keeps CIFAR-10
-    python examples/train_cifar10.py --resume                          # go on after Ctrl-C or a crash
-    python examples/train_cifar10.py --preset=cifar10 --policy=mixed_bfloat16 --batch_size=16 --steps=360000 \
-        --learning_rate=0.00035 --warmup_steps=5000    # the paper's model
-    tensorboard --logdir=runs/cifar10/log                              # losses, samples, attention maps
+python examples/train_cifar10.py                                   # small model, minutes on two CPU cores
+python examples/train_cifar10.py --data_dir=PATH                   # where tensorflow-datasets keeps CIFAR-10
+python examples/train_cifar10.py --resume                          # go on after Ctrl-C or a crash
+python examples/train_cifar10.py --preset=cifar10                  # the paper's model and run, on all GPUs there are
+tensorboard --logdir=runs/cifar10/log                              # losses, samples, attention maps
 """
 
 import os
@@ -13,62 +12,33 @@ import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
 import numpy as np
 from absl import flags, logging
 from PIL import Image
 
 import stf
 
-flags.DEFINE_string("preset", "cifar10-small", "Configuration of the model: see stf.models.PRESETS.")
+stf.experiments.flags.define("cifar10-small", "runs/cifar10")
 flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
-flags.DEFINE_string("run_dir", "runs/cifar10", "Folder of the checkpoint, the log and the pictures.")
-flags.DEFINE_bool("resume", False, "Go on from the checkpoint in run_dir.")
-flags.DEFINE_bool("overwrite", False, "Begin anew where run_dir has a checkpoint.")
-flags.DEFINE_float("checkpoint_minutes", 10, "A checkpoint is also written when so many minutes have passed.")
-flags.DEFINE_integer("batch_size", 4, "Images of a step.")
-flags.DEFINE_integer("steps", 800, "Steps of the whole run.")
-flags.DEFINE_integer("epochs", 4, "Parts of the run; each ends with validation and a checkpoint.")
-flags.DEFINE_float("learning_rate", 6e-3, "Peak of the learning rate.")
-flags.DEFINE_integer("warmup_steps", 50, "Steps until the peak.")
-flags.DEFINE_float("average", None, "Momentum of a moving average of the weights to evaluate with, such as 0.999.")
-flags.DEFINE_string("policy", "float32", "Keras dtype policy: float32, mixed_bfloat16 or mixed_float16.")
-flags.DEFINE_bool("jit_compile", None, "Compile the step with XLA; unless set, where there is a GPU.")
-flags.DEFINE_integer("validation_images", 64, "Images of each validation; 0 takes all.")
-flags.DEFINE_integer("test_images", 256, "Images of the final test; 0 takes all.")
+flags.DEFINE_integer(
+    "validation_images", None, "Images of each validation; 0 takes all. Unless given, 64 for a small preset."
+)
+flags.DEFINE_integer("test_images", None, "Images of the test; 0 takes all. Unless given, 256 for a small preset.")
 flags.DEFINE_integer("samples", 8, "Samples, and completions, drawn at the end; 0 draws none.")
-flags.DEFINE_integer("num_blocks", None, "Instead of the preset's.")
-flags.DEFINE_integer("seed", 0, "Of initial weights, order of images, dropout and samples.")
 FLAGS = flags.FLAGS
 
 
 def load_data():
-    """CIFAR-10, or real photographs where there is neither the data set nor a network."""
+    """CIFAR-10, or photographs where it cannot be had and nobody named a folder; and whether it is photographs."""
     try:
-        data = stf.data.cifar10.load(FLAGS.data_dir)
+        data, instead = stf.data.cifar10.load(FLAGS.data_dir), False
     except stf.data.cifar10.NotAvailableError as error:
+        if FLAGS.data_dir is not None:
+            raise stf.experiments.RunError(f"--data_dir: {error}") from error
         print(f"{error}\nGoing on with real photographs instead; --data_dir names a folder with CIFAR-10.")
-        data = stf.data.photographs.load()
+        data, instead = stf.data.photographs.load(), True
     print(data.description)
-    return data
-
-
-def make_schedule():
-    """The learning rate of the run."""
-    return stf.training.WarmupCosine(FLAGS.learning_rate, FLAGS.steps, min(FLAGS.warmup_steps, FLAGS.steps))
-
-
-def make_model():
-    """The model to train."""
-    overrides = {} if FLAGS.num_blocks is None else {"num_blocks": FLAGS.num_blocks}
-    model = stf.models.SparseTransformer.from_preset(FLAGS.preset, seed=FLAGS.seed, **overrides)
-    model.compile(
-        optimizer=stf.training.optimizer(make_schedule(), average=FLAGS.average),
-        loss=stf.training.cross_entropy(),
-        metrics=[stf.training.BitsPerDim()],
-        jit_compile="auto" if FLAGS.jit_compile is None else FLAGS.jit_compile,
-    )
-    return model
+    return data, instead
 
 
 def save_pictures(samples, half, run_dir):
@@ -90,37 +60,39 @@ def save_pictures(samples, half, run_dir):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    keras.utils.set_random_seed(FLAGS.seed)
-    keras.config.set_dtype_policy(FLAGS.policy)
-    run_dir = pathlib.Path(FLAGS.run_dir)
+    strategy = stf.experiments.make_strategy()
+    options = stf.experiments.flags.prepare()
+    run_dir = pathlib.Path(options.run_dir)
     log_dir = run_dir / "log"
-    data = load_data()
-    validation = data.validation[: FLAGS.validation_images or None]
-    samples = stf.callbacks.Samples(log_dir, count=FLAGS.samples, seed=FLAGS.seed)
+    data, instead = load_data()
+    small = options.preset.endswith("-small")
+    validation = data.validation[: limit(FLAGS.validation_images, 64 if small else None)]
+    test = data.test[: limit(FLAGS.test_images, 256 if small else None)]
+    samples = stf.callbacks.Samples(log_dir, count=FLAGS.samples, seed=options.seed)
     model = stf.experiments.run(
-        make_model,
-        lambda done: stf.data.batches(data.train, FLAGS.batch_size, seed=FLAGS.seed, skip=done),
-        stf.data.batches(validation, FLAGS.batch_size),
-        run_dir,
-        FLAGS.steps,
-        min(FLAGS.epochs, FLAGS.steps),
-        FLAGS.resume,
-        [stf.callbacks.AttentionMaps(log_dir, validation[0], every=0), samples],
-        FLAGS.overwrite,
-        stf.experiments.settings(FLAGS, data.description),
-        make_schedule(),
-        FLAGS.checkpoint_minutes,
+        stf.experiments.flags.make_model,
+        lambda done, shard: stf.data.batches(data.train, options.batch_size, options.seed, done, shard),
+        lambda shard: stf.data.batches(validation, options.batch_size, shard=shard),
+        callbacks=[stf.callbacks.AttentionMaps(log_dir, validation[0], every=0), samples],
+        **stf.experiments.flags.run_arguments(data.description, strategy),
     )
+    if not stf.experiments.is_first(strategy):
+        return
 
-    test = data.test[: FLAGS.test_images or None]
-    result = model.evaluate(stf.data.batches(test, FLAGS.batch_size), return_dict=True)
+    found = stf.evaluation.evaluate(model, stf.data.batches(test, options.batch_size))
     if FLAGS.samples:
         samples.set_model(model)
         save_pictures(samples, data.test[: FLAGS.samples], run_dir)
-    bits, entropy = result["bits_per_dim"], stf.data.order0_entropy(test)
-    print(f"test bits per dim: {bits:.3f} (order-0 entropy of the same {len(test):,} images: {entropy:.3f})")
-    print(f"checkpoint: {run_dir / 'checkpoint.keras'}")
-    print(f"TensorBoard: tensorboard --logdir={log_dir}")
+    of = ", photographs, NOT CIFAR-10" if instead else ""
+    entropy = stf.data.order0_entropy(test)
+    print(f"test bits per dim{of}: {found.bits:.3f} (order-0 entropy of the same {len(test):,} images: {entropy:.3f})")
+    print(f"checkpoint{of}: {run_dir / 'checkpoint.keras'}")
+    print(f"TensorBoard{of}: tensorboard --logdir={log_dir}")
+
+
+def limit(count, otherwise):
+    """How many of a list: None is all, which a flag of 0 says."""
+    return (otherwise if count is None else count) or None
 
 
 if __name__ == "__main__":

@@ -15,20 +15,21 @@ class TrainingLog(keras.callbacks.Callback):
     between. The step of an entry is the number of batches that the optimizer has seen.
 
     Args:
-        log_dir: TensorBoard's folder.
+        log_dir: TensorBoard's folder; None writes nothing (for a worker that reads what others write).
         every: steps between two entries.
     """
 
     def __init__(self, log_dir, every=10):
         super().__init__()
-        self.log_dir = str(log_dir)
+        self.log_dir = None if log_dir is None else str(log_dir)
         self.every = every
         self._writer = None
         self._before = self._written = 0  # batches before this epoch; those at the last entry
 
     def on_train_begin(self, logs=None):
         """Opens the log."""
-        self._writer = tf.summary.create_file_writer(self.log_dir)
+        write = self.log_dir is not None
+        self._writer = tf.summary.create_file_writer(self.log_dir) if write else tf.summary.create_noop_writer()
         self._written = steps_taken(self.model.optimizer)
 
     def on_epoch_begin(self, epoch, logs=None):

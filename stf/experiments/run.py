@@ -1,7 +1,10 @@
 """A run that leaves a checkpoint and a log, is stopped by a signal without loss, and goes on from where it was."""
 
 import contextlib
+import functools
 import pathlib
+
+import tensorflow as tf
 
 from stf.callbacks import (
     Checkpoint,
@@ -12,6 +15,7 @@ from stf.callbacks import (
     TrainingLog,
     load_checkpoint,
 )
+from stf.experiments import cluster
 from stf.experiments.errors import RunError
 from stf.experiments.record import Record
 from stf.training.optimizer import steps_taken, use_average
@@ -30,26 +34,30 @@ def run(
     settings=None,
     schedule=None,
     checkpoint_minutes=10.0,
+    strategy=None,
 ):
     """Trains a model up to a step; each of `epochs` parts ends with validation and a checkpoint.
 
-    SIGTERM and Ctrl-C end it after the step in hand, with a checkpoint.
+    SIGTERM and Ctrl-C end it after the step in hand, with a checkpoint. With a strategy of several machines each of
+    them calls this alike; the first one writes what is written, and `run_dir` must be a folder that all of them see.
 
     Args:
         make_model: function without arguments that returns a new, compiled model.
-        train: function of the batches to leave out at the start that returns an endless `tf.data.Dataset`.
-        validation: finite dataset.
+        train: function of the batches to leave out at the start, and of a shard (index, count), that returns an endless
+            `tf.data.Dataset` of those rows of each batch: see `stf.data.batches`.
+        validation: function of a shard that returns a finite dataset.
         run_dir: folder of `checkpoint.keras`, of the one before it, of `run.json` and of TensorBoard's `log`.
         steps: of the whole run.
         epochs: parts of the run, of `steps // epochs` steps; the last has what remains too.
         resume: go on from the checkpoint: the model, its optimizer, its seeds and its place in the data are as they
             were.
-        callbacks: more callbacks.
+        callbacks: more callbacks, of the first machine.
         overwrite: begin anew where the folder has a checkpoint.
         settings: what the run is started with, as far as it must be the same when it goes on: names and values that
             JSON has. Kept in `run.json`.
         schedule: the learning rate of `steps` steps, for a run that goes on with more than it was started with.
         checkpoint_minutes: a checkpoint is also written when so many minutes have passed since the last; None: never.
+        strategy: of tf.distribute, as `stf.experiments.make_strategy` chooses it; the one in scope unless given.
 
     Returns:
         The trained model; where the optimizer keeps a moving average of the weights, with that.
@@ -57,13 +65,15 @@ def run(
     Raises:
         ValueError: there are fewer steps than epochs.
         RunError: the folder has a checkpoint and neither `resume` nor `overwrite` is set, or has none to resume from;
-            the run was started with other settings.
+            the run was started with other settings; a worker is lost.
         CheckpointError: a checkpoint cannot be read or written.
         SystemExit: a signal came; its code is 128 + the signal's number.
     """
     if not 1 <= epochs <= steps:
         raise ValueError(f"epochs must be from 1 to steps. Received: epochs={epochs}, steps={steps}")
     run_dir, settings = pathlib.Path(run_dir), settings or {}
+    strategy = strategy or tf.distribute.get_strategy()
+    worker, workers = cluster.worker_of(strategy)
     path, record = run_dir / "checkpoint.keras", Record(run_dir)
     exists = any(run_dir.glob("checkpoint*.keras"))
     if exists and not resume and not overwrite:
@@ -73,54 +83,70 @@ def run(
         )
     if resume and not exists:
         raise RunError(f"There is no checkpoint in {run_dir} to resume from. Leave --resume out to begin.")
+    before = record.check(steps, settings) if resume else None
+    if workers > 1:
+        cluster.wait_for_all(strategy)  # nothing may be written before all have looked
+    with strategy.scope():
+        model = load_checkpoint(path) if resume else make_model()
+    done = steps_taken(model.optimizer)
+    chief = worker == 0
+    say = print if chief else _say_nothing
     if resume:
-        before = record.check(steps, settings)
-        model = load_checkpoint(path)
-        print(f"resuming {path} after step {steps_taken(model.optimizer)}")
+        say(f"resuming {path} after step {done}")
         if before is not None and steps > before:
             if schedule is None:
                 raise RunError(
                     f"The run in {run_dir} was started with {before} steps, and nothing says how it goes on."
                 )
-            print(f"{before:,} steps are now {steps:,}: the learning rate goes on along the schedule of the longer run")
+            say(f"{before:,} steps are now {steps:,}: the learning rate goes on along the schedule of the longer run")
         if schedule is not None:  # also where the steps were raised before, and no checkpoint came of it
             getattr(model.optimizer, "inner_optimizer", model.optimizer).set_schedule(schedule)
-    else:
-        model = make_model()
+    elif chief:
         for old in run_dir.glob("checkpoint*.keras"):  # no later --resume may take them for this run's
             old.unlink()
-    record.write(steps, settings)
-    print(f"{model.count_params():,} parameters, {steps:,} steps")
+    if chief:
+        record.write(steps, settings)
+    say(f"{model.count_params():,} parameters, {steps:,} steps{_on(strategy, workers)}")
     stop = StopOnSignal()
-    first = [FirstStep()]
-    shared = [
-        TrainingLog(run_dir / "log"),
-        Checkpoint(path, checkpoint_minutes),
-        MovingAverage(),
-        StopOnNonFinite(),
-        *callbacks,
-        stop,
-    ]
-    done = steps_taken(model.optimizer)
+    # All workers look at the same numbers at the same steps, since some of them are sums over all; one writes.
+    shared = [TrainingLog(run_dir / "log" if chief else None), MovingAverage(), StopOnNonFinite(), stop]
+    if chief:
+        shared[1:1] = [Checkpoint(path, checkpoint_minutes)]
+        shared[-1:-1] = callbacks
+    first = [FirstStep()] if chief else []
     fits = _fits(done, steps, epochs)
     for index, (epoch, count, length) in enumerate(fits):
         with _weights_kept(model.optimizer) if index + 1 < len(fits) else contextlib.nullcontext():
-            model.fit(
-                train(done),
-                initial_epoch=epoch,
-                epochs=epoch + count,
-                steps_per_epoch=length,
-                validation_data=validation,
-                callbacks=[*first, *shared],
-            )
+            with cluster.workers_watched(strategy):
+                model.fit(
+                    cluster.distributed(functools.partial(train, done), strategy),
+                    initial_epoch=epoch,
+                    epochs=epoch + count,
+                    steps_per_epoch=length,
+                    validation_data=cluster.distributed(validation, strategy),
+                    callbacks=[*first, *shared],
+                    verbose="auto" if chief else 0,
+                )
         done, first = done + count * length, []
         if stop.received:
             taken = steps_taken(model.optimizer)
-            print(f"stopped by {stop.received.name} after step {taken}; --resume goes on from {path}", flush=True)
+            say(f"stopped by {stop.received.name} after step {taken}; --resume goes on from {path}", flush=True)
             raise SystemExit(128 + stop.received)
     if not fits:
         use_average(model)
     return model
+
+
+def _on(strategy, workers):
+    """Where a run goes, for a line of its own."""
+    count = strategy.num_replicas_in_sync
+    if count == 1:
+        return ""
+    return f", on {count} devices" + (f" of {workers} machines" if workers > 1 else "")
+
+
+def _say_nothing(*_, **__):
+    """For workers beside the first."""
 
 
 def _fits(done, steps, epochs):

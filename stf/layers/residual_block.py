@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from stf.distribution.replicas import next_seed
 from stf.layers.block import residual_add, sigmoid_gelu
 from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
@@ -134,7 +135,7 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         """The seed of this call's dropout, int32 `[2]`; None where nothing is dropped."""
         if not training or self.seed_generator is None:
             return None
-        return tf.cast(self.seed_generator.next(), tf.int32)
+        return next_seed(self.seed_generator)
 
     def residual(self, stream, lengths=None, seed=None):
         """The block without anything that a call changes: Eqs. 12-14, with dropout's masks drawn from `seed`."""

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from stf import ops
 from stf import patterns as stf_patterns
+from stf.distribution.replicas import next_seed
 from stf.layers.attention import SparseAttention
 from stf.layers.block import Block, BlockWeights, folded
 from stf.layers.dropout import SavedSeed
@@ -258,7 +259,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
 
     def call(self, inputs, training=None):
         drops = training and self.seed_generator is not None
-        seed = tf.cast(self.seed_generator.next(), tf.int32) if drops else None
+        seed = next_seed(self.seed_generator) if drops else None
         weights = self._weights()
         if training and self._runs_as_one_op(inputs):
             return ops.residual_stack(

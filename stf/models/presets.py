@@ -51,6 +51,7 @@ PRESETS = {
     "cifar10": _CIFAR10,
     "cifar10-dense": _CIFAR10 | {"patterns": [Causal()]},  # P: Table 2
     "cifar10-fixed": _CIFAR10 | {"patterns": [Fixed(128, 32)]},  # P: Table 2; C: l and c as for text
+    "cifar10-released": _CIFAR10 | {"patterns": [Local(96)] * 3 + [Strided(96)]},  # F: 3 local to 1 strided
     "cifar10-small": {
         "length": 3072,  # P
         "position_shape": (32, 32, 3),  # P

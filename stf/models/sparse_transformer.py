@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from stf import patterns as stf_patterns
+from stf.distribution.steps import ReplicatedTrainer
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
 from stf.layers.attention import weights_of_queries
 from stf.layers.initialization import READINGS
@@ -15,7 +16,7 @@ from stf.models.presets import preset
 
 
 @keras.saving.register_keras_serializable(package="stf")
-class SparseTransformer(keras.Model):
+class SparseTransformer(ReplicatedTrainer, keras.Model):
     """An autoregressive model of byte sequences: logits of every byte from those before it.
 
         H_0 = embed(x);  H_k = block_k(H_{k-1});  logits = norm(H_N) W_out        (Eqs. 11-15)
@@ -180,12 +181,6 @@ class SparseTransformer(keras.Model):
             super().make_test_function(force)
             self.test_function = without_waiting(self.test_function, self)
         return self.test_function
-
-    def _symbolic_build(self, iterator=None, data_batch=None):
-        # Under several replicas Keras 3.15 builds from the mean of their batches, in which tokens are float64.
-        if self.distribute_strategy.num_replicas_in_sync > 1 and isinstance(data_batch, tuple):
-            data_batch = (tf.cast(data_batch[0], tf.int32), *data_batch[1:])
-        super()._symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def get_compile_config(self):
         """What `compile` was called with."""

@@ -15,15 +15,15 @@ def differentiable_once(forward, backward):
     """
 
     @tf.custom_gradient
-    def run(*inputs):
-        inputs = [tf.stop_gradient(x) for x in inputs]
+    def run(*watched):
+        inputs = [tf.stop_gradient(x) for x in watched]
         output, kept = forward(*inputs)
 
         @tf.custom_gradient
         def gradient(upstream, *_):
             return tuple(backward(kept, tf.stop_gradient(upstream), *inputs)), _not_twice
 
-        return output, lambda upstream: gradient(upstream, *inputs)
+        return output, lambda upstream: gradient(upstream, *watched)  # so that a tape around this one asks again
 
     return run
 

@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
+from stf.distribution.replicas import assign_all
 from stf.training.optimizer import AdamW
-from stf.training.replicas import assign_all
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -39,6 +39,13 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
 
     def apply(self, grads, trainable_variables=None):
         """Updates variables by gradients of the scaled loss, unless those are not finite."""
+        self._apply(grads, trainable_variables, summed=False)
+
+    def apply_summed(self, grads, trainable_variables=None):
+        """Updates variables by gradients of the scaled loss that are the same on every replica; for an `AdamW`."""
+        self._apply(grads, trainable_variables, summed=True)
+
+    def _apply(self, grads, trainable_variables, summed):
         grads = list(grads)
         if trainable_variables is None and not self.built:
             raise ValueError("trainable_variables must be given before the optimizer is built. Received: None")
@@ -47,7 +54,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
                 self.build(list(trainable_variables))
         inner, scale = self.inner_optimizer, tf.convert_to_tensor(self.dynamic_scale.value)
         if isinstance(inner, AdamW):
-            finite = inner.apply_scaled(grads, trainable_variables, scale)
+            finite = inner.apply_scaled(grads, trainable_variables, scale, summed)
         else:
             known = [grad for grad in grads if grad is not None]
             finite = tf.math.is_finite(tf.linalg.global_norm(known))

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from stf.training.replicas import assign_all, sum_over_replicas
+from stf.distribution.replicas import assign_all, sum_over_replicas
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -24,6 +24,9 @@ class AdamW(keras.optimizers.Optimizer):
         global_clipnorm: the largest norm of all gradients together, 1 in the paper; None does not clip.
         average: momentum of a moving average of the weights, or None for none. `averages` gives it.
         accumulation_steps: batches whose mean gradient makes one update.
+        all_reduce_dtype: what gradients are sent and summed in over several replicas by `fit` of a
+            `stf.models.SparseTransformer`; "bfloat16" halves what is sent, as the paper does (Section 5.5). Unless
+            given, the weights' own.
 
     Its variables, beside Adam's: `batches` (all that it has seen), `skipped`, `skipped_in_a_row`, and `gradient_norm`
     (of the last update, before clipping). `iterations` counts updates.
@@ -39,6 +42,7 @@ class AdamW(keras.optimizers.Optimizer):
         global_clipnorm=1.0,
         average=None,
         accumulation_steps=1,
+        all_reduce_dtype=None,
         name="adamw",
     ):
         super().__init__(learning_rate, name=name)
@@ -53,6 +57,11 @@ class AdamW(keras.optimizers.Optimizer):
             raise ValueError(f"global_clipnorm must be above 0, or None. Received: global_clipnorm={global_clipnorm!r}")
         if weight_decay is not None and not weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more, or None. Received: weight_decay={weight_decay!r}")
+        if all_reduce_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(
+                "all_reduce_dtype must be 'float32', 'bfloat16', 'float16', or None. "
+                f"Received: all_reduce_dtype={all_reduce_dtype!r}"
+            )
         self.weight_decay = weight_decay
         self.beta_1 = beta_1
         self.beta_2 = beta_2
@@ -60,6 +69,7 @@ class AdamW(keras.optimizers.Optimizer):
         self.global_clipnorm = global_clipnorm
         self.average = average
         self.accumulation_steps = accumulation_steps
+        self.all_reduce_dtype = all_reduce_dtype
 
     def build(self, variables):
         """Makes the slots of all variables, and the counters."""
@@ -90,16 +100,21 @@ class AdamW(keras.optimizers.Optimizer):
         return list(zip(self._trainable_variables, self._slots["average"], strict=True))
 
     def apply(self, grads, trainable_variables=None):
-        """Updates variables by their gradients."""
+        """Updates variables by their gradients, which are summed over replicas first."""
         self.apply_scaled(grads, trainable_variables)
 
-    def apply_scaled(self, grads, trainable_variables=None, scale=None):
+    def apply_summed(self, grads, trainable_variables=None):
+        """Updates variables by gradients that are the same on every replica."""
+        self.apply_scaled(grads, trainable_variables, summed=True)
+
+    def apply_scaled(self, grads, trainable_variables=None, scale=None, summed=False):
         """Updates variables by gradients that are `scale` times too large.
 
         Args:
             grads: a gradient for each variable; None leaves that variable alone.
             trainable_variables: the variables; those that the optimizer was built with unless given.
             scale: float32 scalar; None for 1.
+            summed: whether they are the sum over replicas already.
 
         Returns:
             Whether the gradients were finite, a bool scalar.
@@ -119,7 +134,7 @@ class AdamW(keras.optimizers.Optimizer):
         # Dense, since rows of a slice may repeat; float32 (float64), whatever the loss was computed in.
         grads = [
             tf.cast(tf.convert_to_tensor(grad), self._trainable_variables[index].dtype)
-            for index, grad in zip(indices, sum_over_replicas(grads), strict=True)
+            for index, grad in zip(indices, grads if summed else sum_over_replicas(grads), strict=True)
         ]
         inverse = None if scale is None else 1.0 / scale
         norm = _norm(grads, inverse)
@@ -212,7 +227,7 @@ class AdamW(keras.optimizers.Optimizer):
     def get_config(self):
         """The constructor's arguments."""
         rate = super().get_config()["learning_rate"]
-        names = "name weight_decay beta_1 beta_2 epsilon global_clipnorm average accumulation_steps"
+        names = "name weight_decay beta_1 beta_2 epsilon global_clipnorm average accumulation_steps all_reduce_dtype"
         return {"learning_rate": rate} | {name: getattr(self, name) for name in names.split()}
 
 

@@ -86,3 +86,19 @@ def test_real_images():
         data.test[0].reshape(32, 32, 3).astype(int)
     )  # neighbouring rows of a photograph are alike; a wrong order is not
     assert np.abs(np.diff(image, axis=0)).mean() < 40
+
+
+def test_orders_of_epochs_and_seeds_are_unlike():
+    examples = np.arange(5000, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+
+    def order(seed, epoch):
+        drawn = batches(examples, 100, seed, skip=50 * epoch).take(50)
+        return np.concatenate([x.numpy().astype(np.uint8).view(np.uint16)[:, 0] for x, _ in drawn])
+
+    orders = [order(0, 0), order(0, 1), order(1, 0)]
+    for one in orders:
+        assert sorted(one) == list(range(5000))
+        steps = np.diff(one.astype(int)) % 5000
+        assert len(set(steps)) / 5000 == pytest.approx(1 - np.exp(-1), abs=0.03)  # as of random permutations
+    everything = np.corrcoef([*orders, np.arange(5000)])
+    assert np.abs(everything - np.eye(4)).max() < 0.06  # four standard deviations

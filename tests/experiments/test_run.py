@@ -25,13 +25,13 @@ def make_model(schedule=1e-2, **arguments):
     return model
 
 
-def train(done):
+def train(done, shard=(0, 1)):
     batches = tf.data.Dataset.from_tensor_slices(TOKENS).batch(4, drop_remainder=True).repeat().skip(done)
     return batches.map(lambda batch: (batch, batch))
 
 
 def small_run(run_dir, steps=6, epochs=3, make=make_model, **options):
-    return run(make, train, train(0).take(2), run_dir, steps, epochs, **options)
+    return run(make, train, lambda shard: train(0).take(2), run_dir, steps, epochs, **options)
 
 
 class SignalAt(keras.callbacks.Callback):

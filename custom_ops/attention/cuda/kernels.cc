@@ -71,7 +71,7 @@ int TileRows(Pass pass, int32_t dtype, int depths, bool groups) {
 bool TakesGroups(const stf_problem& problem) {
   const int depths = FindDepths(problem);
   if (problem.dtype == STF_FLOAT32 || depths < 0 || kDepths[depths].value > 128) return false;
-  for (int32_t t = 0; t < problem.program_begin[problem.programs]; t++) {
+  for (int32_t t = problem.program_begin[0]; t < problem.program_begin[problem.programs]; t++) {
     const stf_component& c = problem.components[t];
     // The copy engine writes to multiples of 128 bytes: two rows of depth 32.
     if (depths == 0 && c.kind == STF_SUMMARY && (c.c - c.b) % 2 != 0) return false;

@@ -91,14 +91,22 @@ struct Plan {
   const char* error = nullptr;
 };
 
-using Key = std::tuple<int, int32_t, bool, bool, bool, int64_t, int64_t, int64_t>;
+using Key = std::tuple<int32_t, bool, bool, bool, int64_t, int64_t, int64_t>;
 
-// Handles, one a device, and plans: for good, as a program's shapes are few.
+// A device's handle and plans: for good, as a program's shapes are few.
 struct Cache {
   std::mutex mutex;
-  std::map<int, Handle> handles;
+  Handle handle = nullptr;
   std::map<Key, Plan> plans;
 };
+
+// One a device, so that no replica waits for another's launches.
+Cache& CacheOf(int device) {
+  static std::mutex* mutex = new std::mutex;
+  static auto* caches = new std::map<int, Cache>;  // whose elements stay where they are
+  std::lock_guard<std::mutex> lock(*mutex);
+  return (*caches)[device];
+}
 
 Plan Prepare(Handle handle, int32_t dtype, bool transpose_a, bool transpose_b, bool bias, int64_t m, int64_t n, int64_t k) {
   const Library& lt = Lt();
@@ -136,29 +144,28 @@ void Matmul::Run(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64
   if (error_) return;
   const Library& lt = Lt();
   if ((error_ = lt.error)) return;
-  static Cache* cache = new Cache;
   int device;
   if (cudaGetDevice(&device) != cudaSuccess) {
     error_ = "no CUDA device";
     return;
   }
+  Cache& cache = CacheOf(device);
   // Held over the launch, as a plan's descriptor takes the bias of one call.
-  std::lock_guard<std::mutex> lock(cache->mutex);
-  Handle& handle = cache->handles[device];
-  if (!handle && lt.create(&handle)) {
+  std::lock_guard<std::mutex> lock(cache.mutex);
+  if (!cache.handle && lt.create(&cache.handle)) {
     error_ = "cuBLASLt could not be initialized";
     return;
   }
-  const Key key(device, dtype_, transpose_a, transpose_b, bias != nullptr, m, n, k);
-  auto plan = cache->plans.find(key);
-  if (plan == cache->plans.end()) {
-    plan = cache->plans.emplace(key, Prepare(handle, dtype_, transpose_a, transpose_b, bias != nullptr, m, n, k)).first;
+  const Key key(dtype_, transpose_a, transpose_b, bias != nullptr, m, n, k);
+  auto plan = cache.plans.find(key);
+  if (plan == cache.plans.end()) {
+    plan = cache.plans.emplace(key, Prepare(cache.handle, dtype_, transpose_a, transpose_b, bias != nullptr, m, n, k)).first;
   }
   const Plan& p = plan->second;
   if ((error_ = p.error)) return;
   const float one = 1, zero = 0;
   if ((bias && lt.desc_set(p.desc, kBiasPointer, &bias, sizeof(bias))) ||
-      lt.matmul(handle, p.desc, &one, a, p.a, b, p.b, &zero, c, p.c, c, p.c, &p.algorithm, workspace_, kMatmulWorkspace, stream_)) {
+      lt.matmul(cache.handle, p.desc, &one, a, p.a, b, p.b, &zero, c, p.c, c, p.c, &p.algorithm, workspace_, kMatmulWorkspace, stream_)) {
     error_ = "cuBLASLt refused a product";
   }
 }

@@ -1,0 +1,99 @@
+"""Small runs on one and on two virtual devices, as a process: prints what came of those that are named, as JSON."""
+
+import json
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import stf
+from stf.callbacks import Checkpoint, MovingAverage, StopOnNonFinite, TrainingLog
+
+# Before TensorFlow computes anything.
+[cpu] = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+tokens = np.random.default_rng(0).integers(0, 11, (8, 24)).astype("int32")
+
+
+def run(devices, rows=8, dtype="float32", jit_compile=False, **options):
+    keras.utils.set_random_seed(0)
+    with tf.distribute.MirroredStrategy(devices).scope() if devices else tf.distribute.get_strategy().scope():
+        patterns = [stf.patterns.Local(4), stf.patterns.Strided(4)]
+        model = stf.models.SparseTransformer(
+            24, (6, 4), patterns, 3, 2, 16, vocab_size=11, seed=1, recompute=True, dtype=dtype
+        )
+        model.compile(
+            stf.training.optimizer(1e-2, average=0.9, **options),
+            stf.training.cross_entropy(),
+            metrics=[stf.training.BitsPerDim()],
+            jit_compile=jit_compile,
+        )
+    folder = tempfile.mkdtemp()
+    callbacks = [TrainingLog(folder, every=1), StopOnNonFinite(), MovingAverage(), Checkpoint(folder + "/c.keras")]
+    x = tokens[:rows]
+    history = model.fit(
+        x, x, batch_size=4, epochs=3, shuffle=False, verbose=0, validation_data=(x, x), callbacks=callbacks
+    ).history
+    weights = sum(float(np.abs(np.array(tf.convert_to_tensor(w))).sum()) for w in model.trainable_variables)
+    return history["loss"] + history["bits_per_dim"] + history["val_loss"] + [weights]
+
+
+def dropout(devices):
+    """What each replica's block makes of the same input; and whether the state of their seeds is one."""
+    strategy = tf.distribute.MirroredStrategy(devices)
+    with strategy.scope():
+        stack = stf.layers.SparseResidualStack(1, [stf.patterns.Local(4)], 1, 8, dropout=0.5, seed=3)
+        stack.build([None, None, 8])
+    alone = stf.layers.SparseResidualStack(1, [stf.patterns.Local(4)], 1, 8, dropout=0.5, seed=3)
+    alone.build([None, None, 8])
+    alone.set_weights(stack.get_weights())
+    x = tf.random.stateless_normal([1, 6, 8], [1, 2])
+    found = []
+    for jit_compile in (False, True):
+
+        def in_replica(jit_compile=jit_compile):
+            return tf.function(lambda: stack(x, training=True), jit_compile=jit_compile, autograph=False)()
+
+        parts = strategy.experimental_local_results(tf.function(lambda: strategy.run(in_replica), autograph=False)())
+        one = alone(x, training=True)
+        found.append([bool(np.allclose(part, one, atol=1e-6)) for part in parts])
+    states = [np.array(part).tolist() for part in strategy.experimental_local_results(stack.seed_generator.state.value)]
+    return found, states
+
+
+def broken_on_one(devices):
+    strategy = tf.distribute.MirroredStrategy(devices)
+    with strategy.scope():
+        weight = keras.Variable(np.ones(3, "float32"))
+        optimizer = stf.training.optimizer(0.1)
+        optimizer.build([weight])
+
+    def step():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        gradient = tf.where(tf.equal(replica, 1), np.nan, 1.0) * tf.ones([3])
+        optimizer.apply([gradient], [weight])
+
+    with strategy.scope():
+        tf.function(lambda: strategy.run(step))()
+    return [float(x) for x in tf.convert_to_tensor(weight.value)] + [int(tf.convert_to_tensor(optimizer.skipped.value))]
+
+
+two = ["CPU:0", "CPU:1"]
+runs = {
+    "one": lambda: run(None),
+    "two": lambda: run(two),
+    "one, accumulating": lambda: run(None, accumulation_steps=2),
+    "two, accumulating": lambda: run(two, accumulation_steps=2),
+    "one, ragged": lambda: run(None, rows=7),
+    "two, ragged": lambda: run(two, rows=7),
+    "two, compiled": lambda: run(two, jit_compile=True),
+    "one, half": lambda: run(None, dtype="mixed_float16"),
+    "two, half": lambda: run(two, dtype="mixed_float16"),
+    "two, in bfloat16": lambda: run(two, all_reduce_dtype="bfloat16"),
+    "dropout": lambda: dropout(two),
+    "broken": lambda: broken_on_one(two),
+}
+print(json.dumps({name: runs[name]() for name in sys.argv[1:]}))
