@@ -1,6 +1,10 @@
-"""Small runs on one and on two virtual devices, as a process: prints what came of those that are named, as JSON."""
+"""Small runs on one and on two devices, as a process: prints what came of those that are named, as JSON.
+
+Devices are two virtual CPUs, or what STF_DEVICES names, such as GPU:0,GPU:1.
+"""
 
 import json
+import os
 import sys
 import tempfile
 
@@ -11,6 +15,7 @@ import tensorflow as tf
 import stf
 from stf.callbacks import Checkpoint, MovingAverage, StopOnNonFinite, TrainingLog
 
+two = os.environ.get("STF_DEVICES", "CPU:0,CPU:1").split(",")
 # Before TensorFlow computes anything.
 [cpu] = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -81,7 +86,8 @@ def broken_on_one(devices):
     return [float(x) for x in tf.convert_to_tensor(weight.value)] + [int(tf.convert_to_tensor(optimizer.skipped.value))]
 
 
-two = ["CPU:0", "CPU:1"]
+if "GPU:0" in two:
+    tf.config.experimental.enable_tensor_float_32_execution(False)
 runs = {
     "one": lambda: run(None),
     "two": lambda: run(two),
@@ -93,6 +99,8 @@ runs = {
     "one, half": lambda: run(None, dtype="mixed_float16"),
     "two, half": lambda: run(two, dtype="mixed_float16"),
     "two, in bfloat16": lambda: run(two, all_reduce_dtype="bfloat16"),
+    "two, ragged and compiled": lambda: run(two, rows=7, jit_compile=True),
+    "two, half and compiled": lambda: run(two, dtype="mixed_float16", jit_compile=True),
     "dropout": lambda: dropout(two),
     "broken": lambda: broken_on_one(two),
 }
