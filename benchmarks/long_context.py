@@ -77,14 +77,15 @@ def draw(result, path):
         if not ran:
             continue
         lengths, growth = [row["length"] for row in ran], exponent(rows)
-        label = f"{name} parameters" + (f", n^{growth:.2f}" if growth else "")
+        label = f"{name} parameters" + (f", $n^{{{growth:.2f}}}$" if growth else "")
         axes[0].plot(lengths, [row["ms"] for row in ran], "o-", label=label)
         axes[1].plot(lengths, [row["peak_GiB"] for row in ran], "o-", label=f"{name} parameters")
     for axis, name in zip(axes, ("milliseconds a step", "peak memory, GiB"), strict=True):
         axis.set(yscale="log", xlabel="context, in 1,024 tokens", ylabel=name)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:,.0f}")
-        axis.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted(lambda y, _: f"{y:,g}" if f"{y:e}"[0] in "1235" else "")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"One sequence a step, everything recomputed, bfloat16, on one {result['device']}")
