@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from stf.callbacks import (
     Checkpoint,
+    CheckpointError,
     FirstStep,
     MovingAverage,
     StopOnNonFinite,
@@ -110,14 +111,15 @@ def run(
     stop = StopOnSignal()
     # All workers look at the same numbers at the same steps, since some of them are sums over all; one writes.
     shared = [TrainingLog(run_dir / "log" if chief else None), MovingAverage(), StopOnNonFinite(), stop]
+    checkpoint = Checkpoint(path, checkpoint_minutes)
     if chief:
-        shared[1:1] = [Checkpoint(path, checkpoint_minutes)]
+        shared[1:1] = [checkpoint]
         shared[-1:-1] = callbacks
     first = [FirstStep()] if chief else []
     fits = _fits(done, steps, epochs)
     for index, (epoch, count, length) in enumerate(fits):
         with _weights_kept(model.optimizer) if index + 1 < len(fits) else contextlib.nullcontext():
-            with cluster.workers_watched(strategy):
+            with cluster.workers_watched(strategy), _written(checkpoint):
                 model.fit(
                     cluster.distributed(functools.partial(train, done), strategy),
                     initial_epoch=epoch,
@@ -166,6 +168,17 @@ def _fits(done, steps, epochs):
         else:
             fits.append((epoch, 1, left))
     return fits
+
+
+@contextlib.contextmanager
+def _written(checkpoint):
+    """Sees to it that what was taken is on disk, whatever ends a `fit`."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(CheckpointError):
+            checkpoint.wait()
+        raise
 
 
 @contextlib.contextmanager

@@ -62,15 +62,17 @@ def test_checkpoint_leaves_the_last_good_one_when_saving_fails(model, tmp_path, 
     checkpoint = stf.callbacks.Checkpoint(tmp_path / "checkpoint.keras")
     checkpoint.set_model(model)
     checkpoint.save()
+    checkpoint.wait()
     before = (tmp_path / "checkpoint.keras").read_bytes()
 
-    def fail(path):
+    def fail(_, path):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(model, "save", fail)
+    monkeypatch.setattr(stf.models.SparseTransformer, "save", fail)
+    checkpoint.save()
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save()
+        checkpoint.wait()
     assert (tmp_path / "checkpoint.keras").read_bytes() == before
 
 

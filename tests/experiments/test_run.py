@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import signal
+import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from stf.callbacks import Checkpoint, CheckpointError
+from stf.callbacks import Checkpoint, CheckpointError, load_checkpoint
 from stf.experiments import RunError, run
 from stf.experiments.run import _fits
 from stf.models import SparseTransformer
@@ -170,7 +172,9 @@ def test_a_checkpoint_by_time_and_the_one_before_it(tmp_path):
         seen = 0
 
         def on_train_batch_begin(self, batch, logs=None):
-            Watch.seen += (tmp_path / "checkpoint.keras").exists() and batch == 1
+            deadline = time.time() + 60
+            while batch == 1 and not Watch.seen and time.time() < deadline:
+                Watch.seen += (tmp_path / "checkpoint.keras").exists()
 
     small_run(tmp_path, steps=2, epochs=1, callbacks=[Watch()], checkpoint_minutes=1e-9)
     assert Watch.seen == 1  # within the epoch
@@ -197,15 +201,17 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path / "checkpoint.keras")
     checkpoint.set_model(make_model())
     checkpoint.save()
+    checkpoint.wait()
     before = checkpoint.path.read_bytes()
 
-    def save(path):
+    def save(_, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.model, "save", save)
+    monkeypatch.setattr(SparseTransformer, "save", save)
+    checkpoint.save()
     with pytest.raises(CheckpointError, match=f"{checkpoint.path} could not be written: .*No space left"):
-        checkpoint.save()
+        checkpoint.wait()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.keras"] and checkpoint.path.read_bytes() == before
 
 
@@ -213,3 +219,24 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file/run/run\.json could not be written"):
         small_run(tmp_path / "file" / "run")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, capsys, monkeypatch):
+    """What is on disk is the state of the moment, whatever was trained while it was written."""
+    whole = small_run(tmp_path / "whole", steps=4, epochs=2)
+    save = SparseTransformer.save
+
+    def slowly(model, path):
+        time.sleep(0.3)
+        save(model, path)
+
+    monkeypatch.setattr(SparseTransformer, "save", slowly)
+    small_run(tmp_path / "run", steps=4, epochs=2)
+    said = re.findall(r"checkpoints: 2 written to (.*); of each, training waited ([\d.]+) s", capsys.readouterr().out)
+    assert said[-1][0] == str(tmp_path / "run" / "checkpoint.keras")
+    model = load_checkpoint(tmp_path / "run" / "checkpoint.previous.keras")
+    assert steps_taken(model.optimizer) == 2
+    (tmp_path / "run" / "checkpoint.keras").unlink()
+    resumed = small_run(tmp_path / "run", steps=4, epochs=2, resume=True)
+    for a, b in zip(*(m.variables + m.optimizer.variables for m in (resumed, whole)), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=b.path)
