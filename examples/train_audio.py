@@ -16,6 +16,7 @@ import stf
 
 stf.experiments.flags.define("audio-small", "runs/audio")
 flags.DEFINE_string("path", None, "Folder of recordings: WAV, FLAC, Ogg or AIFF.", required=True)
+flags.DEFINE_string("cache", None, "Folder for the recordings' bytes, for more of them than memory holds.")
 flags.DEFINE_integer(
     "held_out_bytes", 50_000, "Samples of sound of each validation, and of the final test; 0 takes all."
 )
@@ -28,7 +29,7 @@ def main(_):
     strategy = stf.experiments.make_strategy()
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
-    data = stf.data.audio.load(FLAGS.path)
+    data = stf.data.audio.load(FLAGS.path, cache=FLAGS.cache)
     print(data.description)
     length = stf.models.preset(options.preset)["length"]
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))

@@ -1,5 +1,9 @@
 """Recordings as streams of 8-bit µ-law bytes (Section 7.4 of the paper: 12 kHz)."""
 
+import hashlib
+import itertools
+import json
+import os
 import pathlib
 
 import numpy as np
@@ -41,7 +45,7 @@ def write(path, tokens, rate=RATE):
     soundfile.write(path, decode(tokens), rate, subtype="PCM_16")
 
 
-def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1):
+def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1, cache=None):
     """All recordings of a folder and those below it.
 
     Args:
@@ -50,6 +54,8 @@ def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1):
         held_out: share of the recordings for validation and for test, at least one each.
         seed: of the order in which recordings are held out.
         verbose: 1 shows a progress bar.
+        cache: folder in which the bytes of all recordings are kept as one file, which is mapped, not read: for hours of
+            music that are larger than memory, and for starting again without decoding. None keeps them in memory.
 
     Returns:
         `Splits` of `Stream`s, a piece for each recording: no sequence crosses from one to another.
@@ -64,11 +70,33 @@ def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1):
         raise FileNotFoundError(f"three recordings are needed ({', '.join(SUFFIXES)}). Found {len(files)} in {folder}")
     order = np.random.RandomState(seed).permutation(len(files))
     counts = [max(1, round(len(files) * share)) for share in held_out]
-    pieces = [encode(read(file, rate)) for file in tqdm(files, "reading recordings", disable=not verbose)]
+    reading = tqdm(files, "reading recordings", disable=not verbose)
+    pieces = [encode(read(file, rate)) for file in reading] if cache is None else _cached(files, rate, cache, reading)
     parts = np.split(order, np.cumsum(counts[::-1]))  # test, validation, training
     streams = [Stream.of([pieces[i] for i in sorted(part)]) for part in parts[::-1]]
     sizes = ", ".join(
-        f"{len(part)} ({len(stream.tokens) / rate:,.0f} s) to {use}"
+        f"{len(part)} ({len(stream) / rate:,.0f} s) to {use}"
         for part, stream, use in zip(parts[::-1], streams, ("train", "validate", "test"), strict=True)
     )
     return Splits(*streams, f"{folder}, recordings at {rate:,} Hz: {sizes}")
+
+
+def _cached(files, rate, cache, reading):
+    """The bytes of recordings as parts of one mapped file, which is written where there is none of these recordings."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([rate, stats]).encode()).hexdigest()[:16]
+    path = pathlib.Path(cache) / f"recordings-{key}.mulaw"
+    borders = path.with_suffix(".npy")
+    if not (path.exists() and borders.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.stem}.{os.getpid()}.new")  # beside other workers that may write it too
+        lengths = []
+        with open(fresh, "wb") as file:
+            for recording in reading:
+                lengths.append(file.write(encode(read(recording, rate)).tobytes()))
+        with open(f"{fresh}.npy", "wb") as file:
+            np.save(file, np.cumsum([0, *lengths]))
+        pathlib.Path(f"{fresh}.npy").replace(borders)
+        fresh.replace(path)
+    mapped, places = np.memmap(path, np.uint8, "r"), np.load(borders)
+    return [mapped[low:high] for low, high in itertools.pairwise(places)]

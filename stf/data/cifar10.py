@@ -69,5 +69,6 @@ def load(data_dir=None, download=True):
 def _images(builder, name):
     import tensorflow_datasets as tfds
 
-    images = builder.as_dataset(split=name, shuffle_files=False).map(lambda example: example["image"])
-    return np.stack([image.reshape(-1) for image in tfds.as_numpy(images)])
+    examples = tfds.as_numpy(builder.as_dataset(split=name, shuffle_files=False))
+    ordered = sorted(examples, key=lambda example: example["id"])  # that of the published files: tfds' own is a hash's
+    return np.stack([example["image"].reshape(-1) for example in ordered])

@@ -1,6 +1,7 @@
 """Text and any other files as streams of bytes; Enwik8 among them."""
 
 import hashlib
+import itertools
 import pathlib
 
 import numpy as np
@@ -11,10 +12,13 @@ ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 ENWIK8_BYTES = 100_000_000
+MAPPED = 2**26  # bytes of a file from which on it is not read into memory
 
 
 def load(path, held_out=(0.05, 0.05)):
     """The bytes of a file, or of all files of a folder and those below it, in the order of their names.
+
+    Files from 64 MiB on are mapped, not read: they may be larger than memory.
 
     Args:
         path: a file or a folder.
@@ -31,16 +35,16 @@ def load(path, held_out=(0.05, 0.05)):
         raise ValueError(f"held_out must be two shares below 1 in all. Received: held_out={held_out}")
     path = pathlib.Path(path)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    pieces = [np.fromfile(file, np.uint8) for file in files]
-    total = sum(map(len, pieces))
+    stream = Stream([_bytes(file) for file in files if file.stat().st_size])
+    total = len(stream)
     if not total:
         raise FileNotFoundError(f"no bytes in {path}")
     test = round(total * held_out[1])
     validation = round(total * held_out[0])
-    splits = _cut(pieces, [total - validation - test, total - test])
+    places = [0, total - validation - test, total - test, total]
+    splits = [stream.part(*ends) for ends in itertools.pairwise(places)]
     sizes = ", ".join(
-        f"{len(stream.tokens):,} bytes to {use}"
-        for stream, use in zip(splits, ("train", "validate", "test"), strict=True)
+        f"{len(stream):,} bytes to {use}" for stream, use in zip(splits, ("train", "validate", "test"), strict=True)
     )
     return Splits(*splits, f"{path}: {sizes}")
 
@@ -63,19 +67,16 @@ def load_enwik8(path=None):
         folder = keras.utils.get_file(origin=ENWIK8_URL, file_hash=ENWIK8_ZIP_SHA256, extract=True)
         path = next(file for file in pathlib.Path(folder).rglob("enwik8") if file.is_file())
     splits = load(path)
-    if sum(len(stream.tokens) for stream in splits[:3]) == ENWIK8_BYTES:
-        found = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    if sum(len(stream) for stream in splits[:3]) == ENWIK8_BYTES:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != ENWIK8_SHA256:
             raise ValueError(f"{path} is not Enwik8, whose sha256 is {ENWIK8_SHA256}. Received: {found}")
     return splits
 
 
-def _cut(pieces, places):
-    """Streams of the pieces up to each place, and of the rest."""
-    streams, borders = [], np.cumsum([0, *map(len, pieces)])
-    for low, high in zip([0, *places], [*places, borders[-1]], strict=True):
-        parts = [
-            piece[max(low - begin, 0) : max(high - begin, 0)] for piece, begin in zip(pieces, borders[:-1], strict=True)
-        ]
-        streams.append(Stream.of([part for part in parts if len(part)]))
-    return streams
+def _bytes(file):
+    """A file's bytes: in memory, or mapped where they are many (each map holds a file open)."""
+    if file.stat().st_size < MAPPED:
+        return np.fromfile(file, np.uint8)
+    return np.memmap(file, np.uint8, "r")

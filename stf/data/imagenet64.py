@@ -16,8 +16,8 @@ def dataset(split, batch_size, data_dir=None, seed=None, skip=0, shard=(0, 1)):
         data_dir: folder of tensorflow-datasets, which fetches the data set where it is not there.
         seed: shuffles files and then a window of 10,000 images, by this seed, and repeats for ever; None keeps
             the order, once, and drops nothing.
-        skip: batches to leave out at the start: what a resumed run has seen already. They are read over.
-        shard: (index, count): which rows of each batch are this worker's.
+        skip: batches to leave out at the start: what a resumed run has seen already. They are read over, not decoded.
+        shard: (index, count): which rows of each batch are this worker's; others are not decoded.
     """
     import tensorflow_datasets as tfds
 
@@ -25,14 +25,19 @@ def dataset(split, batch_size, data_dir=None, seed=None, skip=0, shard=(0, 1)):
     builder = tfds.builder(NAME, data_dir=data_dir)
     builder.download_and_prepare()
     config = tfds.ReadConfig(shuffle_seed=seed, interleave_cycle_length=16 if seed is not None else 1)
-    data = builder.as_dataset(split=split, shuffle_files=seed is not None, read_config=config)
-    data = data.map(lambda example: tf.reshape(example["image"], [int(np.prod(SHAPE))]))
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    data = builder.as_dataset(split=split, shuffle_files=seed is not None, read_config=config, decoders=decoders)
+    data = data.map(lambda example: example["image"])
     if seed is not None:
         data = data.shuffle(10_000, seed=seed).repeat()
     data = data.batch(batch_size, drop_remainder=seed is not None).skip(skip)
 
-    def tokens(images):
-        x = tf.cast(images[index::count], tf.int32)
+    def decode(encoded):
+        return tf.reshape(tf.io.decode_image(encoded, channels=SHAPE[2], expand_animations=False), [np.prod(SHAPE)])
+
+    def tokens(encoded):
+        images = tf.map_fn(decode, encoded[index::count], fn_output_signature=tf.TensorSpec([np.prod(SHAPE)], tf.uint8))
+        x = tf.cast(images, tf.int32)
         return x, x
 
     return data.map(tokens, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+CHUNK = 2**24  # bytes that are looked at at once
+
 
 class Splits(NamedTuple):
     """Training, validation and test data, and a line that says what they are.
@@ -18,27 +20,55 @@ class Splits(NamedTuple):
     description: str
 
 
-class Stream(NamedTuple):
+class Stream:
     """Bytes one after another, of one or more recordings or files.
 
-    tokens: uint8 `[position]`.
-    borders: int64 `[pieces + 1]`; piece p has positions `borders[p]` to `borders[p + 1]`. Nothing crosses a border.
+    Pieces may be memory maps: what is read of them is read when it is needed, and a stream may be larger than memory.
+
+    Attributes:
+        pieces: uint8 arrays.
+        borders: int64 `[pieces + 1]`; piece p has positions `borders[p]` to `borders[p + 1]`. Nothing crosses a border.
     """
 
-    tokens: np.ndarray
-    borders: np.ndarray
+    def __init__(self, pieces):
+        self.pieces = [piece if piece.dtype == np.uint8 else piece.astype(np.uint8) for piece in map(_array, pieces)]
+        self.borders = np.cumsum([0, *map(len, self.pieces)]).astype(np.int64)
 
     @classmethod
     def of(cls, pieces):
         """A stream of pieces, each a uint8 array."""
-        pieces = [np.asarray(piece, np.uint8) for piece in pieces]
-        return cls(np.concatenate([np.zeros(0, np.uint8), *pieces]), np.cumsum([0, *map(len, pieces)]).astype(np.int64))
+        return cls(pieces)
+
+    def __len__(self):
+        return int(self.borders[-1])
+
+    @property
+    def tokens(self):
+        """All of it, uint8 `[position]`, in memory."""
+        return np.concatenate([np.zeros(0, np.uint8), *self.pieces])
+
+    def read(self, begin, count):
+        """`count` positions from `begin` on, as far as their piece has them: uint8 `[position]`, in memory."""
+        piece = int(np.searchsorted(self.borders, begin, side="right")) - 1
+        begin -= int(self.borders[piece])
+        return np.array(self.pieces[piece][begin : begin + count])
 
     def head(self, count):
         """The first `count` positions, borders kept; all where count is 0."""
-        if not count:
-            return self
-        return Stream(self.tokens[:count], np.unique(np.minimum(self.borders, count)))
+        return self.part(0, count) if count else self
+
+    def part(self, begin, end):
+        """Positions from `begin` to before `end`, borders kept."""
+        cuts = [
+            piece[max(begin - low, 0) : max(end - low, 0)]
+            for piece, low in zip(self.pieces, self.borders[:-1].tolist(), strict=True)
+        ]
+        return Stream([cut for cut in cuts if len(cut)])
+
+
+def _array(piece):
+    """A piece as an array, a memory map as it is."""
+    return piece if isinstance(piece, np.ndarray) else np.asarray(piece, np.uint8)
 
 
 def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
@@ -128,7 +158,7 @@ def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
         )
     ends = tf.constant(np.cumsum(starts))
     shift = tf.constant(stream.borders[:-1] - np.concatenate([[0], np.cumsum(starts)[:-1]]))
-    read = _reader(lambda starts: np.stack([stream.tokens[start : start + length] for start in starts]), length)
+    read = _reader(lambda starts: np.stack([stream.read(start, length) for start in starts]), length)
 
     def draw(batch):
         rows = tf.range(shard[0], batch_size, shard[1], tf.int64)
@@ -179,8 +209,7 @@ def windows(stream, length, batch_size, context=0, shard=(0, 1)):
     table = np.stack([np.asarray(x, np.int64) for x in (begins, counted, ends)], axis=1).reshape(-1, 3)
 
     def window(row):
-        begin, _, end = row
-        found = np.asarray(stream.tokens[begin : min(begin + length, end)])
+        found = stream.read(row[0], length)
         return np.pad(found, (0, length - len(found)))
 
     read = _reader(lambda rows: np.array([*map(window, rows)], np.uint8).reshape(-1, length), length)
@@ -198,14 +227,17 @@ def windows(stream, length, batch_size, context=0, shard=(0, 1)):
 
 def order0_entropy(sequences):
     """Bits for each byte of the best code that knows the bytes' frequencies and nothing else."""
-    tokens = sequences.tokens if isinstance(sequences, Stream) else np.asarray(sequences)
-    counts = np.bincount(tokens.ravel(), minlength=256)
+    pieces = sequences.pieces if isinstance(sequences, Stream) else [np.asarray(sequences).reshape(-1)]
+    counts = np.zeros(256, np.int64)
+    for piece in pieces:
+        for begin in range(0, len(piece), CHUNK):
+            counts += np.bincount(piece[begin : begin + CHUNK], minlength=256)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
 
 
 def _as_stream(stream):
-    return stream if isinstance(stream, Stream) else Stream.of([stream])
+    return stream if isinstance(stream, Stream) else Stream([np.asarray(stream)])
 
 
 def _check_shard(shard, batch_size):

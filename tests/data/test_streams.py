@@ -1,11 +1,14 @@
 """Streams: crops, windows, files, recordings, images in a folder."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import stf
 from stf.data import Stream, audio, crops, files, images, windows
 from stf.data.sequences import batches
 
@@ -157,3 +160,92 @@ def test_images_of_any_size(tmp_path):
         images.load(tmp_path, (16, 24, 1))
     with pytest.raises(FileNotFoundError, match="three images"):
         images.load(tmp_path / "nowhere")
+
+
+def test_large_files_are_mapped_and_give_the_same(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, size in (("a", 70), ("b", 0), ("c", 130)):
+        (tmp_path / name).write_bytes(rng.integers(0, 256, size, np.uint8).tobytes())
+    read = stf.data.files.load(tmp_path)
+    monkeypatch.setattr(stf.data.files, "MAPPED", 100)
+    mapped = stf.data.files.load(tmp_path)
+    assert isinstance(mapped.train.pieces[1], np.memmap) and not isinstance(mapped.train.pieces[0], np.memmap)
+    for one, two in zip(read[:3], mapped[:3], strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.borders, two.borders)
+        assert stf.data.order0_entropy(one) == stf.data.order0_entropy(two)
+    for one, two in zip(*(stf.data.crops(s.train, 20, 4, seed=1).take(5) for s in (read, mapped)), strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+
+
+SIXTEEN_GIGABYTES = """
+import resource, sys
+import numpy as np, stf
+data = stf.data.files.load(sys.argv[1])
+assert len(data.train) + len(data.validation) + len(data.test) == 16 * 10**9
+for tokens, _ in stf.data.crops(data.train, 12288, 4, seed=0, skip=100_000).take(50):
+    assert tokens.shape == (4, 12288)
+for tokens, _, weights in stf.data.windows(data.validation.head(10**7), 12288, 4).take(50):
+    assert tokens.shape == (4, 12288)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_sixteen_gigabytes_take_less_than_two_of_memory(tmp_path):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(16 * 10**9)
+    command = [sys.executable, "-c", SIXTEEN_GIGABYTES, str(tmp_path / "sparse")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < 2 * 10**9
+
+
+def test_recordings_in_a_cache_are_the_same_and_decoded_once(tmp_path, monkeypatch):
+    import soundfile
+
+    for name in "abc":
+        soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(ord(name)).uniform(-1, 1, 500), 12_000)
+    plain = stf.data.audio.load(tmp_path, verbose=0)
+    first = stf.data.audio.load(tmp_path, verbose=0, cache=tmp_path / "cache")
+    monkeypatch.setattr(stf.data.audio, "read", None)
+    again = stf.data.audio.load(tmp_path, verbose=0, cache=tmp_path / "cache")
+    for streams in zip(plain[:3], first[:3], again[:3], strict=True):
+        for one in streams[1:]:
+            np.testing.assert_array_equal(one.tokens, streams[0].tokens)
+    assert isinstance(again.train.pieces[0], np.memmap)
+
+
+def test_imagenet_as_tensorflow_datasets_keeps_it(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    images = np.random.default_rng(0).integers(0, 256, (11, 64, 64, 3), np.uint8)
+
+    class TinyImagenet(tfds.core.GeneratorBasedBuilder):
+        """A few images, as tensorflow-datasets keeps ImageNet 64 x 64."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(64, 64, 3))})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((index, {"image": image}) for index, image in enumerate(images))
+
+    monkeypatch.setattr(stf.data.imagenet64, "NAME", "tiny_imagenet")
+    data_dir = str(tmp_path / "data")
+
+    def rows(batches):
+        return np.concatenate([x.numpy().astype(np.uint8) for x, _ in batches])
+
+    whole = rows(stf.data.imagenet64.dataset("validation", 4, data_dir))
+    assert sorted(map(bytes, whole)) == sorted(map(bytes, images.reshape(11, -1)))
+    ours = stf.data.imagenet64.dataset("train", 4, data_dir, seed=1)
+    joint = np.stack([x.numpy() for x, _ in ours.take(4)])
+    for index in range(2):
+        shard = stf.data.imagenet64.dataset("train", 4, data_dir, seed=1, skip=1, shard=(index, 2)).take(3)
+        np.testing.assert_array_equal(np.stack([x.numpy() for x, _ in shard]), joint[1:, index::2])

@@ -4,8 +4,8 @@
 
 Each attempt is a process of its own, forked from this one before TensorFlow has computed anything. Signals are
 SIGKILL, SIGTERM and SIGINT in turn; moments are drawn from the time that an undisturbed attempt takes. Runs are begun
-until COUNT signals have found a process alive, and each is resumed to its end. The last line of output is JSON: how many
-runs, the signals by name and by what they struck, and which variables differ from the undisturbed run's.
+until COUNT signals have found a process alive, and each is resumed to its end. The last line of output is JSON: how
+many runs, the signals by name and by what they struck, and which variables differ from the undisturbed run's.
 """
 
 import collections
