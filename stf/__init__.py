@@ -15,7 +15,7 @@ xla.set_flags()  # before anything is compiled
 
 from stf import ops, layers, training, models, generation  # noqa: E402 isort: skip
 
-_LATER = ("callbacks", "data", "evaluation", "experiments")
+_LATER = ("callbacks", "data", "distribution", "evaluation", "experiments")
 
 __all__ = ["__version__", "generation", "layers", "models", "ops", "patterns", "training", "xla", *_LATER]
 

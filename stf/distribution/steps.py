@@ -107,6 +107,11 @@ class ReplicatedTrainer:
         variables = self.trainable_variables
         sizes = [variable.shape.num_elements() for variable in variables]
         dtype = inner.all_reduce_dtype or keras.backend.result_type("float32", *(v.dtype for v in variables))
+        if dtype == "bfloat16" and "GPU" in tf.distribute.get_replica_context().devices[0]:
+            raise ValueError(
+                "all_reduce_dtype must be one that NCCL sums for TensorFlow: 'float16', 'float32', or None. "
+                "Received: all_reduce_dtype='bfloat16'"
+            )
         used = [True] * len(variables)  # whether a variable has a gradient
 
         def backward():

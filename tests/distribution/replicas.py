@@ -46,6 +46,17 @@ def run(devices, rows=8, dtype="float32", jit_compile=False, **options):
     return history["loss"] + history["bits_per_dim"] + history["val_loss"] + [weights]
 
 
+def layers(devices):
+    """The losses of a plain Keras model of our layers."""
+    with tf.distribute.MirroredStrategy(devices).scope():
+        x = inputs = keras.Input((24,), dtype="int32")
+        x = keras.layers.Embedding(11, 16)(x)
+        x = stf.layers.SparseResidualBlock(stf.layers.StridedAttention(2, 8, stride=4), dropout=0.1, seed=1)(x)
+        model = keras.Model(inputs, keras.layers.Dense(11)(x))
+        model.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy(), jit_compile=False)
+    return model.fit(tokens, tokens, batch_size=4, epochs=4, shuffle=False, verbose=0).history["loss"]
+
+
 def dropout(devices):
     """What each replica's block makes of the same input; and whether the state of their seeds is one."""
     strategy = tf.distribute.MirroredStrategy(devices)
@@ -101,6 +112,7 @@ runs = {
     "two, in bfloat16": lambda: run(two, all_reduce_dtype="bfloat16"),
     "two, ragged and compiled": lambda: run(two, rows=7, jit_compile=True),
     "two, half and compiled": lambda: run(two, dtype="mixed_float16", jit_compile=True),
+    "layers": lambda: layers(two),
     "dropout": lambda: dropout(two),
     "broken": lambda: broken_on_one(two),
 }

@@ -38,6 +38,11 @@ def test_two_replicas_do_what_one_does(kind, like, off, alone):
     np.testing.assert_allclose(found(kind)[kind], alone[like], rtol=off)
 
 
+def test_layers_in_a_plain_keras_model():
+    losses = found("layers")["layers"]
+    assert losses == sorted(losses, reverse=True) and np.isfinite(losses).all()
+
+
 def test_replicas_drop_differently_and_count_alike():
     found_in, states = found("dropout")["dropout"]
     assert found_in == [[True, False], [True, False]]  # the first as one device, uncompiled and compiled
