@@ -20,9 +20,9 @@ from absl import app, flags, logging
 import stf
 
 flags.DEFINE_string("checkpoint", None, "A .keras file.", required=True)
-flags.DEFINE_enum("data", None, ["cifar10", "text", "audio", "images"], "Kind of data.", required=True)
+flags.DEFINE_enum("data", None, ["cifar10", "imagenet64", "text", "audio", "images"], "Kind of data.", required=True)
 flags.DEFINE_string("path", None, "tensorflow-datasets' folder, file, or folder of the data.")
-flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split of the data.")
+flags.DEFINE_enum("split", "test", ["train", "validation", "test", "all"], "Split of the data; all does not split it.")
 flags.DEFINE_integer("batch_size", 4, "Sequences at once; does not change the result.")
 flags.DEFINE_integer("context", 0, "Least context of a counted byte, text and audio only.")
 flags.DEFINE_integer("limit", 0, "Only so many examples, or bytes, from the start; 0 takes all.")
@@ -39,17 +39,31 @@ LOADERS = {
 
 def dataset(model):
     """The split, in batches that count every byte once."""
+    if FLAGS.data == "imagenet64":
+        if FLAGS.split not in ("train", "validation"):
+            raise app.UsageError(f"ImageNet 64 x 64 has train and validation. Received: --split={FLAGS.split}")
+        part = f"{FLAGS.split}[:{FLAGS.limit}]" if FLAGS.limit else FLAGS.split
+        return stf.data.imagenet64.dataset(part, FLAGS.batch_size, FLAGS.path)
     if FLAGS.data == "images":
         data = stf.data.images.load(FLAGS.path, model.position_shape)
+    elif FLAGS.data == "text" and FLAGS.split == "all" and FLAGS.path:
+        data = stf.data.files.load(FLAGS.path, held_out=(0, 0))  # nothing is cut, not even at the splits' borders
     else:
         data = LOADERS[FLAGS.data]()
     print(data.description)
-    part = getattr(data, FLAGS.split)
+    part = whole(data) if FLAGS.split == "all" else getattr(data, FLAGS.split)
     if isinstance(part, stf.data.Stream):
         return stf.data.windows(part.head(FLAGS.limit), model.length, FLAGS.batch_size, FLAGS.context)
     if FLAGS.context:
         raise app.UsageError(f"--context is for text and audio. Received: --context={FLAGS.context}")
     return stf.data.batches(part[: FLAGS.limit or None], FLAGS.batch_size)
+
+
+def whole(data):
+    """All three splits as one."""
+    if isinstance(data.train, stf.data.Stream):
+        return stf.data.Stream([piece for stream in data[:3] for piece in stream.pieces])
+    return np.concatenate(data[:3])
 
 
 def main(_):

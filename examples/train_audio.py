@@ -29,7 +29,8 @@ def main(_):
     strategy = stf.experiments.make_strategy()
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
-    data = stf.data.audio.load(FLAGS.path, cache=FLAGS.cache)
+    with stf.experiments.blamed_on("--path"):
+        data = stf.data.audio.load(FLAGS.path, cache=FLAGS.cache)
     print(data.description)
     length = stf.models.preset(options.preset)["length"]
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))

@@ -28,7 +28,8 @@ def main(_):
     strategy = stf.experiments.make_strategy()
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
-    data = stf.data.files.load_enwik8(FLAGS.path)
+    with stf.experiments.blamed_on("--path"):
+        data = stf.data.files.load_enwik8(FLAGS.path)
     print(data.description)
     length = stf.models.preset(options.preset)["length"]
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))

@@ -28,7 +28,8 @@ def datasets(options):
     """Training data, a function of batches to leave out and shard; the official validation, or a folder's, of shard."""
     batch_size, limit = options.batch_size, FLAGS.held_out_images
     if FLAGS.folder:
-        data = stf.data.images.load(FLAGS.folder)
+        with stf.experiments.blamed_on("--folder"):
+            data = stf.data.images.load(FLAGS.folder)
         print(data.description)
         held_out = data.validation[: limit or None]
         return (

@@ -2,14 +2,20 @@
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 import time
+import zipfile
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from stf.models import count_parameters
+
+MOST_CONFIG = 2**24  # bytes
 
 
 class CheckpointError(OSError):
@@ -171,6 +177,7 @@ def load_checkpoint(path):
         if not candidate.exists():
             continue
         try:
+            _check_sizes(candidate)
             model = keras.saving.load_model(candidate)
         except (
             Exception
@@ -183,6 +190,21 @@ def load_checkpoint(path):
     raise CheckpointError(
         f"{'; '.join(causes) or f'{path} is not there'}. Begin anew with --overwrite, or name another --run_dir."
     )
+
+
+def _check_sizes(path):
+    """Refuses a file whose model and weights are not of one size, before either is made: minutes, and gigabytes."""
+    with zipfile.ZipFile(path) as file:
+        described, weights = file.getinfo("config.json").file_size, file.getinfo("model.weights.h5").file_size
+        if described > MOST_CONFIG:
+            raise ValueError(f"its config.json has {described:,} bytes")
+        config = json.loads(file.read("config.json"))
+    if config.get("class_name") != "SparseTransformer":
+        return
+    parameters = count_parameters(config["config"], config["config"]["vocab_size"])
+    # From halves alone to float64 with momentum, velocity, average and accumulator; and HDF5's own.
+    if not 2 * parameters <= weights <= 5 * 8 * parameters + MOST_CONFIG:
+        raise ValueError(f"its config describes {parameters:,} parameters, its weights have {weights:,} bytes")
 
 
 def _first_line(error):

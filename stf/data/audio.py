@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from stf.data.sequences import Splits, Stream
+from stf.data.sequences import Splits, Stream, check_held_out, counts_of
 
 RATE = 12_000  # samples a second
 SUFFIXES = (".wav", ".flac", ".ogg", ".aiff", ".aif")
@@ -29,11 +29,20 @@ def decode(tokens):
 
 
 def read(path, rate=RATE):
-    """A recording's samples, float32: mixed to mono, resampled."""
+    """A recording's samples, float32: mixed to mono, resampled.
+
+    Raises:
+        ValueError: it is no recording that can be read, or has samples that are no numbers.
+    """
     import soundfile
     import soxr
 
-    wave, found = soundfile.read(path, dtype="float32", always_2d=True)
+    try:
+        wave, found = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} cannot be read as a recording: {error}") from error
+    if not np.isfinite(wave).all():
+        raise ValueError(f"{path} has samples that are not finite")
     mono = wave.mean(axis=1)
     return mono if found == rate else soxr.resample(mono, found, rate)
 
@@ -62,16 +71,21 @@ def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1, cache=None
 
     Raises:
         FileNotFoundError: there are fewer than three recordings.
+        ValueError: a recording cannot be read or has no samples, or `held_out` does not fit.
     """
     from tqdm import tqdm
 
+    check_held_out(held_out)
     files = sorted(file for file in pathlib.Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 3:
         raise FileNotFoundError(f"three recordings are needed ({', '.join(SUFFIXES)}). Found {len(files)} in {folder}")
     order = np.random.RandomState(seed).permutation(len(files))
-    counts = [max(1, round(len(files) * share)) for share in held_out]
+    counts = counts_of(len(files), held_out)
     reading = tqdm(files, "reading recordings", disable=not verbose)
     pieces = [encode(read(file, rate)) for file in reading] if cache is None else _cached(files, rate, cache, reading)
+    for file, piece in zip(files, pieces, strict=True):
+        if not len(piece):
+            raise ValueError(f"{file} has no samples")
     parts = np.split(order, np.cumsum(counts[::-1]))  # test, validation, training
     streams = [Stream.of([pieces[i] for i in sorted(part)]) for part in parts[::-1]]
     sizes = ", ".join(

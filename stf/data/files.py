@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from stf.data.sequences import Splits, Stream
+from stf.data.sequences import Splits, Stream, check_held_out
 
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
@@ -31,8 +31,7 @@ def load(path, held_out=(0.05, 0.05)):
         FileNotFoundError: there is no such file, or nothing in the folder.
         ValueError: held_out does not fit.
     """
-    if any(share < 0 for share in held_out) or sum(held_out) >= 1:
-        raise ValueError(f"held_out must be two shares below 1 in all. Received: held_out={held_out}")
+    check_held_out(held_out)
     path = pathlib.Path(path)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stream = Stream([_bytes(file) for file in files if file.stat().st_size])

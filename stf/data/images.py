@@ -4,17 +4,31 @@ import pathlib
 
 import numpy as np
 
-from stf.data.sequences import Splits
+from stf.data.sequences import Splits, check_held_out, counts_of
 
+GIANT = 2**25  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def read(path, shape):
-    """An image as uint8 `[rows * columns * 3]`: scaled until it just covers the shape, its middle cut out."""
+    """An image as uint8 `[rows * columns * 3]`: scaled until it just covers the shape, its middle cut out.
+
+    Raises:
+        ValueError: it is no image that can be read whole.
+    """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (shape[1], shape[0]), Image.Resampling.BOX)
+    try:
+        with Image.open(path) as image:
+            # Of a giant a whole fraction first: the conversions below each take a copy.
+            times = min(image.width // (4 * shape[1]), image.height // (4 * shape[0]))
+            if image.width * image.height > GIANT and times > 1:
+                image = image.convert("RGB") if image.mode in ("1", "P") else image
+                image = image.reduce(times)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, (shape[1], shape[0]), Image.Resampling.BOX)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return np.asarray(fitted, np.uint8).reshape(-1)
 
 
@@ -33,10 +47,11 @@ def load(folder, shape=(64, 64, 3), held_out=(0.05, 0.05), seed=0, verbose=1):
 
     Raises:
         FileNotFoundError: there are fewer than three images.
-        ValueError: the shape does not fit.
+        ValueError: the shape or `held_out` does not fit, or an image cannot be read.
     """
     from tqdm import tqdm
 
+    check_held_out(held_out)
     if len(shape) != 3 or min(shape) < 1 or shape[2] != 3:
         raise ValueError(f"shape must be (rows, columns, 3). Received: shape={shape}")
     files = sorted(file for file in pathlib.Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
@@ -44,7 +59,7 @@ def load(folder, shape=(64, 64, 3), held_out=(0.05, 0.05), seed=0, verbose=1):
         raise FileNotFoundError(f"three images are needed ({', '.join(SUFFIXES)}). Found {len(files)} in {folder}")
     order = np.random.RandomState(seed).permutation(len(files))
     images = np.stack([read(file, shape) for file in tqdm(files, "reading images", disable=not verbose)])
-    counts = [max(1, round(len(files) * share)) for share in held_out]
+    counts = counts_of(len(files), held_out)
     test, validation, train = np.split(order, np.cumsum(counts[::-1]))
     description = (
         f"{folder}, images of {shape[0]} x {shape[1]}: {len(train):,} to train, {len(validation):,} to validate, "

@@ -71,6 +71,20 @@ def _array(piece):
     return piece if isinstance(piece, np.ndarray) else np.asarray(piece, np.uint8)
 
 
+def check_held_out(held_out):
+    """Refuses shares of validation and test that are none."""
+    if len(held_out) != 2 or not all(0 <= share < 1 for share in held_out) or sum(held_out) >= 1:
+        raise ValueError(f"held_out must be two shares from 0, below 1 in all. Received: held_out={held_out}")
+
+
+def counts_of(examples, held_out):
+    """How many of some examples are for validation and for test, where each needs one and training too."""
+    counts = [max(1, round(examples * share)) for share in held_out]
+    if sum(counts) >= examples:
+        raise ValueError(f"held_out must leave some of {examples} to train on. Received: held_out={held_out}")
+    return counts
+
+
 def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
     """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`, of whole examples.
 

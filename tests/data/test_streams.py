@@ -249,3 +249,43 @@ def test_imagenet_as_tensorflow_datasets_keeps_it(tmp_path, monkeypatch):
     for index in range(2):
         shard = stf.data.imagenet64.dataset("train", 4, data_dir, seed=1, skip=1, shard=(index, 2)).take(3)
         np.testing.assert_array_equal(np.stack([x.numpy() for x, _ in shard]), joint[1:, index::2])
+
+
+@pytest.mark.parametrize("held_out", [(0.9, 0.9), (2, 2), (-1, 0.05), (0.5, 0.45)])
+def test_shares_that_are_none_are_refused(held_out, tmp_path):
+    import soundfile
+
+    for name in "abc":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(10), 12_000)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    for load in (audio.load, images.load):
+        with pytest.raises(ValueError, match="held_out="):
+            load(tmp_path, held_out=held_out, verbose=0)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    import soundfile
+
+    for name in "abc":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(10), 12_000)
+        Image.effect_noise((64, 64), 90).save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
+        images.load(tmp_path, (8, 8, 3), verbose=0)
+    for samples, says in ((np.zeros(0), "has no samples"), (np.full(9, np.nan), "not finite")):
+        soundfile.write(tmp_path / "b.wav", samples, 12_000, subtype="FLOAT")
+        with pytest.raises(ValueError, match=rf"b\.wav {says}|b\.wav has samples that are {says}"):
+            audio.load(tmp_path, verbose=0)
+    (tmp_path / "b.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"b\.wav cannot be read as a recording"):
+        audio.load(tmp_path, verbose=0)
+
+
+def test_a_giant_image_is_reduced_first(tmp_path):
+    rows, columns = np.mgrid[:6000, :6000]
+    picture = np.stack([rows // 24, columns // 24, (rows + columns) // 48], -1).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "giant.png", compress_level=1)
+    found = images.read(tmp_path / "giant.png", (10, 10, 3)).reshape(10, 10, 3)
+    expected = picture.reshape(10, 600, 10, 600, 3).mean((1, 3))
+    np.testing.assert_allclose(found, expected, atol=2)  # rounded twice

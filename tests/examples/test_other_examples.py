@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import stf
+
 ROOT = pathlib.Path(__file__).parents[2]
 COMMON = ["--num_blocks=1", "--batch_size=1", "--steps=2", "--epochs=1", "--warmup_steps=1"]
 
@@ -76,3 +78,31 @@ def test_images_example(tmp_path):
     said = example("train_imagenet64", f"--folder={tmp_path}", f"--run_dir={tmp_path / 'run'}", "--samples=0", *COMMON)
     assert "1 to train, 1 to validate, 1 to test" in said
     assert "validation bits per dim: " in said and "(12,288 bytes)" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("train_audio", "--path"), ("train_enwik8", "--path"), ("train_imagenet64", "--folder")]
+)
+def test_a_wrong_path_is_one_line(name, flag, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "examples" / f"{name}.py",
+        f"{flag}={tmp_path / 'typo'}",
+        f"--run_dir={tmp_path}/r",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith(f"{flag}: ") and "typo" in last and not (tmp_path / "r").exists()
+
+
+def test_attention_maps_of_a_checkpoint(tmp_path):
+    import skimage.data
+
+    model = stf.models.SparseTransformer.from_preset("imagenet64-small", num_blocks=1)
+    model.save(tmp_path / "model.keras")
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "image.png")
+    flags = [f"--checkpoint={tmp_path / 'model.keras'}", f"--image={tmp_path / 'image.png'}"]
+    said = example("attention_maps", *flags, f"--output={tmp_path / 'maps.png'}")
+    assert f"written: {tmp_path / 'maps.png'}" in said
+    assert Image.open(tmp_path / "maps.png").size[0] > 200

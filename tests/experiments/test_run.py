@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+import zipfile
 
 import keras
 import numpy as np
@@ -240,3 +241,26 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, capsys, monkey
     resumed = small_run(tmp_path / "run", steps=4, epochs=2, resume=True)
     for a, b in zip(*(m.variables + m.optimizer.variables for m in (resumed, whole)), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=b.path)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"), [("config", "describes .* parameters, its weights have"), ("weights", "its")]
+)
+def test_a_checkpoint_whose_parts_are_not_of_one_size_is_refused_at_once(part, says, tmp_path):
+    small_run(tmp_path / "run", steps=2, epochs=1)
+    path = tmp_path / "run" / "checkpoint.keras"
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    if part == "config":
+        config = json.loads(parts["config.json"])
+        config["config"]["num_blocks"] = 10**9
+        parts["config.json"] = json.dumps(config)
+    else:
+        parts["model.weights.h5"] = bytes(10**8)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in parts.items():
+            file.writestr(name, content)
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(path)
+    assert time.monotonic() - begin < 5
