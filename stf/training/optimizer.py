@@ -266,7 +266,7 @@ def averages(optimizer):
 def use_average(model):
     """Makes the moving average of a model's weights its weights, where its optimizer keeps one.
 
-    For models loaded from a checkpoint; one that is not compiled stays as it is. At the end of `fit` Keras does it itself.
+    For models loaded from a checkpoint; one that is not compiled stays as it is. At the end of `fit` Keras does it.
     """
     for weight, average in averages(getattr(model, "optimizer", None)):
         weight.assign(average)

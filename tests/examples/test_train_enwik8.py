@@ -98,3 +98,20 @@ def test_a_second_run_in_the_same_folder_is_refused_in_one_line(runs):
     last = done.stderr.strip().splitlines()[-1]
     assert str(runs[0] / "whole") in last and "--resume" in last and "--overwrite" in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_evaluate_takes_a_file_whole(runs):
+    folder = runs[0]
+    command = [
+        sys.executable,
+        ROOT / "examples" / "evaluate.py",
+        f"--checkpoint={folder / 'whole' / 'checkpoint.keras'}",
+        "--data=text",
+        "--split=all",
+        f"--path={TEXT / 'version.py'}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["bytes"] == (TEXT / "version.py").stat().st_size
