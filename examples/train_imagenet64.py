@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def datasets(options):
-    """Training data, a function of batches to leave out and shard; the official validation, or a folder's, of shard."""
+    """Training data, a function of batches to leave out and shard; validation, of shard; what they are, in words."""
     batch_size, limit = options.batch_size, FLAGS.held_out_images
     if FLAGS.folder:
         with stf.experiments.blamed_on("--folder"):
@@ -35,11 +35,13 @@ def datasets(options):
         return (
             lambda done, shard: stf.data.batches(data.train, batch_size, options.seed, done, shard),
             lambda shard: stf.data.batches(held_out, batch_size, shard=shard),
+            data.description,
         )
     dataset, part = stf.data.imagenet64.dataset, f"validation[:{limit}]" if limit else "validation"
     return (
         lambda done, shard: dataset("train", batch_size, FLAGS.data_dir, options.seed, done, shard),
         lambda shard: dataset(part, batch_size, FLAGS.data_dir, shard=shard),
+        "ImageNet 64x64",
     )
 
 
@@ -48,14 +50,14 @@ def main(_):
     strategy = stf.experiments.make_strategy()
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
-    train, held_out = datasets(options)
+    train, held_out, description = datasets(options)
     samples = stf.callbacks.Samples(run_dir / "log", (64, 64, 3), FLAGS.samples, seed=options.seed)
     model = stf.experiments.run(
         stf.experiments.flags.make_model,
         train,
         held_out,
         callbacks=[samples],
-        **stf.experiments.flags.run_arguments(FLAGS.folder or "ImageNet 64x64", strategy),
+        **stf.experiments.flags.run_arguments(description, strategy),
     )
     if not stf.experiments.is_first(strategy):
         return

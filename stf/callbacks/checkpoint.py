@@ -157,19 +157,24 @@ def _twin(model):
     return twin
 
 
+def exists(path):
+    """Whether there is a checkpoint, or one before it."""
+    return pathlib.Path(path).exists() or _previous(pathlib.Path(path)).exists()
+
+
 def _previous(path):
     """Where the checkpoint before that of a path lies."""
     return path.with_name(f"{path.stem}.previous.keras")
 
 
 def load_checkpoint(path):
-    """The model of a checkpoint; of the one before it, where the last cannot be read.
+    """The model of a checkpoint; of the one before it, where the last is broken, which is then moved aside.
 
     Args:
         path: `.../checkpoint.keras`.
 
     Raises:
-        CheckpointError: neither can be read.
+        CheckpointError: neither is whole, or the disk does not give one.
     """
     path = pathlib.Path(path)
     causes = []
@@ -179,13 +184,19 @@ def load_checkpoint(path):
         try:
             _check_sizes(candidate)
             model = keras.saving.load_model(candidate)
+        except (tf.errors.OpError, MemoryError):  # which say nothing of the file
+            raise
         except (
             Exception
         ) as error:  # whatever a file may hold: Keras raises ValueError, KeyError, OSError, zipfile's own
+            if isinstance(error, OSError) and error.errno:
+                raise CheckpointError(f"{candidate} could not be read: {_first_line(error)}") from error
             causes.append(f"{candidate} is no whole checkpoint ({_first_line(error)})")
             continue
         if causes:
             print(f"{causes[0]}: going on from the one before it, {candidate}")
+            with contextlib.suppress(OSError):  # so that it never takes the place of the one before it
+                path.replace(path.with_name(f"{path.stem}.broken.keras"))
         return model
     raise CheckpointError(
         f"{'; '.join(causes) or f'{path} is not there'}. Begin anew with --overwrite, or name another --run_dir."

@@ -84,5 +84,5 @@ class StopOnNonFinite(keras.callbacks.Callback):
             where = f" The output of {name} is the first that is not finite." if name else " Outputs are finite."
         raise FloatingPointError(
             f"The gradients of {in_a_row} steps in a row were not finite (limit={self.limit}); training ends.{where} "
-            "A lower learning rate, or bfloat16 for float16, may help; the last checkpoint is untouched."
+            "A new run with a lower rate, or with bfloat16 for float16, may help; the last checkpoint is untouched."
         )

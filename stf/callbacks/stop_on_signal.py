@@ -15,25 +15,39 @@ class StopOnSignal(keras.callbacks.Callback):
     Where several workers train one `stf.models.SparseTransformer`, a signal to any of them ends all after the same
     step, a few steps later, and validations are not cut short.
 
+    It takes the signals while `fit` runs, or as a context manager while that lasts, over several `fit`s.
+
     Attributes:
-        received: the `signal.Signals` that came, or None.
+        received: the `signal.Signals` that came, here or to another worker, or None.
     """
 
     def __init__(self):
         super().__init__()
         self.received = None
+        self._asked = False  # whether one came to this process
         self._handlers = {}
+        self._in_fit = False
 
-    def on_train_begin(self, logs=None):
-        """Takes the signals, in the main thread, which alone may."""
-        if threading.current_thread() is threading.main_thread():
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # which alone may
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
 
-    def on_train_end(self, logs=None):
-        """Gives the signals back."""
+    def __exit__(self, *_):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+    def on_train_begin(self, logs=None):
+        """Takes the signals, where nobody has."""
+        self._in_fit = not self._handlers
+        if self._in_fit:
+            self.__enter__()
+
+    def on_train_end(self, logs=None):
+        """Gives the signals back, where they were taken for this `fit`."""
+        if self._in_fit:
+            self.__exit__()
 
     def on_train_batch_end(self, batch, logs=None):
         """Stops the epoch."""
@@ -48,8 +62,8 @@ class StopOnSignal(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Stops training."""
-        agree = getattr(self.model, "agree", bool)
-        if agree(bool(self.received)):
+        told = bool(self.received)
+        if getattr(self.model, "agree", bool)(told):
             self._stop()
 
     def _stop(self):
@@ -58,9 +72,16 @@ class StopOnSignal(keras.callbacks.Callback):
             self.received = signal.SIGTERM  # another worker's
             print("another worker stops: stopping too", flush=True)
 
+    def agree(self, model):
+        """Whether a signal came to any of the workers that train a model: to be called by all of them."""
+        if getattr(model, "agree", bool)(bool(self.received)) and not self.received:
+            self.received = signal.SIGTERM
+        return self.received
+
     def _note(self, number, frame):
-        if self.received:  # whoever asks twice does not want to wait
+        if self._asked:  # whoever asks twice does not want to wait
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number)
+        self._asked = True
+        self.received = self.received or signal.Signals(number)
         print(f"\n{self.received.name}: stopping after this step", flush=True)

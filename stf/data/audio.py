@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 import json
-import os
 import pathlib
+import uuid
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _cached(files, rate, cache, reading):
     borders = path.with_suffix(".npy")
     if not (path.exists() and borders.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.stem}.{os.getpid()}.new")  # beside other workers that may write it too
+        fresh = path.with_name(f"{path.stem}.{uuid.uuid4()}.new")  # beside other workers that may write it too
         lengths = []
         with open(fresh, "wb") as file:
             for recording in reading:
@@ -113,4 +113,6 @@ def _cached(files, rate, cache, reading):
         pathlib.Path(f"{fresh}.npy").replace(borders)
         fresh.replace(path)
     mapped, places = np.memmap(path, np.uint8, "r"), np.load(borders)
+    if len(mapped) != places[-1]:
+        raise ValueError(f"{path} has {len(mapped):,} bytes for {places[-1]:,}; delete it, and it is written again")
     return [mapped[low:high] for low, high in itertools.pairwise(places)]

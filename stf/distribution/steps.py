@@ -24,7 +24,8 @@ class ReplicatedTrainer:
     Under several replicas a step is: loss and gradients of each replica's share, one compiled program each; one
     all-reduce of all gradients as one vector; clipping, the check for non-finite numbers and the update, one compiled
     program each, all of which compute the same. Optimizers other than `stf.training.AdamW` (in a
-    `stf.training.LossScale` or not) do their own summing, uncompiled, as Keras has them.
+    `stf.training.LossScale` or not) do their own summing, uncompiled, as Keras has them; so does a model whose
+    `train_step` is its own (`compute_loss` is what it can make its own without that).
 
     Attributes:
         asks_to_stop: set by whoever wants training to end, on one worker or more.
@@ -102,7 +103,8 @@ class ReplicatedTrainer:
 
     def _train_in_replica(self, data, vote, even):
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        if not (hasattr(self.optimizer, "apply_summed") and hasattr(inner, "apply_scaled")):
+        ours = hasattr(self.optimizer, "apply_summed") and hasattr(inner, "apply_scaled")
+        if not ours or type(self).train_step is not keras.Model.train_step:
             return _mean_of_logs(self.train_step(data), vote)
         variables = self.trainable_variables
         sizes = [variable.shape.num_elements() for variable in variables]

@@ -105,15 +105,18 @@ def distributed(make, strategy):
     return strategy.distribute_datasets_from_function(of_worker)
 
 
-def wait_for_all(strategy):
-    """Until all workers have come here."""
+def total(strategy, number):
+    """The sum over all replicas of a number that each worker has: all of them call this, and wait for each other."""
 
     @tf.function(autograph=False)
-    def count():
-        return strategy.experimental_local_results(strategy.run(lambda: sum_over_replicas([tf.constant(1.0)])[0]))
+    def add(x):
+        def share():
+            return sum_over_replicas([tf.identity(x)])[0]  # the copy is on the replica's device
+
+        return strategy.experimental_local_results(strategy.run(share))
 
     with workers_watched(strategy):
-        float(count()[0])
+        return float(add(tf.constant(number, tf.float64))[0])
 
 
 @contextlib.contextmanager

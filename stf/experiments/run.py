@@ -16,6 +16,7 @@ from stf.callbacks import (
     TrainingLog,
     load_checkpoint,
 )
+from stf.callbacks.checkpoint import exists as checkpoint_exists
 from stf.experiments import cluster
 from stf.experiments.errors import RunError
 from stf.experiments.record import Record
@@ -53,7 +54,7 @@ def run(
         resume: go on from the checkpoint: the model, its optimizer, its seeds and its place in the data are as they
             were.
         callbacks: more callbacks, of the first machine.
-        overwrite: begin anew where the folder has a checkpoint.
+        overwrite: begin anew where the folder has a checkpoint, which is moved to `checkpoint.overwritten.keras`.
         settings: what the run is started with, as far as it must be the same when it goes on: names and values that
             JSON has. Kept in `run.json`.
         schedule: the learning rate of `steps` steps, for a run that goes on with more than it was started with.
@@ -76,7 +77,8 @@ def run(
     strategy = strategy or tf.distribute.get_strategy()
     worker, workers = cluster.worker_of(strategy)
     path, record = run_dir / "checkpoint.keras", Record(run_dir)
-    exists = any(run_dir.glob("checkpoint*.keras"))
+    exists = checkpoint_exists(path)
+    checkpoint = Checkpoint(path, checkpoint_minutes)
     if exists and not resume and not overwrite:
         raise RunError(
             f"{run_dir} has the checkpoint of a run. --resume goes on with it, --overwrite begins anew in its place; "
@@ -86,10 +88,12 @@ def run(
         raise RunError(f"There is no checkpoint in {run_dir} to resume from. Leave --resume out to begin.")
     before = record.check(steps, settings) if resume else None
     if workers > 1:
-        cluster.wait_for_all(strategy)  # nothing may be written before all have looked
-    with strategy.scope():
+        cluster.total(strategy, 0)  # nothing may be written before all have looked
+    with cluster.workers_watched(strategy), strategy.scope():
         model = load_checkpoint(path) if resume else make_model()
     done = steps_taken(model.optimizer)
+    if workers > 1 and cluster.total(strategy, done) != done * strategy.num_replicas_in_sync:
+        raise RunError(f"The workers do not read the same checkpoint: {run_dir} must be a folder that all of them see.")
     chief = worker == 0
     say = print if chief else _say_nothing
     if resume:
@@ -102,24 +106,24 @@ def run(
             say(f"{before:,} steps are now {steps:,}: the learning rate goes on along the schedule of the longer run")
         if schedule is not None:  # also where the steps were raised before, and no checkpoint came of it
             getattr(model.optimizer, "inner_optimizer", model.optimizer).set_schedule(schedule)
-    elif chief:
-        for old in run_dir.glob("checkpoint*.keras"):  # no later --resume may take them for this run's
-            old.unlink()
+    elif chief and exists:  # no later --resume may take these for this run's
+        if path.exists():
+            path.replace(path.with_name("checkpoint.overwritten.keras"))
+        path.with_name("checkpoint.previous.keras").unlink(missing_ok=True)
     if chief:
         record.write(steps, settings)
     say(f"{model.count_params():,} parameters, {steps:,} steps{_on(strategy, workers)}")
     stop = StopOnSignal()
     # All workers look at the same numbers at the same steps, since some of them are sums over all; one writes.
-    shared = [TrainingLog(run_dir / "log" if chief else None), MovingAverage(), StopOnNonFinite(), stop]
-    checkpoint = Checkpoint(path, checkpoint_minutes)
+    shared = [TrainingLog(run_dir / "log" if chief else None), StopOnNonFinite(), MovingAverage(), stop]
     if chief:
-        shared[1:1] = [checkpoint]
+        shared[2:2] = [checkpoint]
         shared[-1:-1] = callbacks
     first = [FirstStep()] if chief else []
     fits = _fits(done, steps, epochs)
-    for index, (epoch, count, length) in enumerate(fits):
-        with _weights_kept(model.optimizer) if index + 1 < len(fits) else contextlib.nullcontext():
-            with cluster.workers_watched(strategy), _written(checkpoint):
+    with stop, cluster.workers_watched(strategy), _written(checkpoint):
+        for index, (epoch, count, length) in enumerate(fits):
+            with _weights_kept(model.optimizer) if index + 1 < len(fits) else contextlib.nullcontext():
                 model.fit(
                     cluster.distributed(functools.partial(train, done), strategy),
                     initial_epoch=epoch,
@@ -129,11 +133,11 @@ def run(
                     callbacks=[*first, *shared],
                     verbose="auto" if chief else 0,
                 )
-        done, first = done + count * length, []
-        if stop.received:
-            taken = steps_taken(model.optimizer)
-            say(f"stopped by {stop.received.name} after step {taken}; --resume goes on from {path}", flush=True)
-            raise SystemExit(128 + stop.received)
+            done, first = done + count * length, []
+            if stop.agree(model):
+                taken = steps_taken(model.optimizer)
+                say(f"stopped by {stop.received.name} after step {taken}; --resume goes on from {path}", flush=True)
+                raise SystemExit(128 + stop.received)
     if not fits:
         use_average(model)
     return model

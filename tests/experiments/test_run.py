@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stf.callbacks import Checkpoint, CheckpointError, load_checkpoint
+from stf.callbacks import Checkpoint, CheckpointError, StopOnSignal, load_checkpoint
 from stf.experiments import RunError, run
 from stf.experiments.run import _fits
 from stf.models import SparseTransformer
@@ -189,6 +189,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caps
     small_run(tmp_path, steps=4, epochs=2, resume=True)
     out = capsys.readouterr().out
     assert f"{path} is no whole checkpoint" in out and "after step 2" in out
+    assert (tmp_path / "checkpoint.broken.keras").stat().st_size == 1000  # not where the one before it is kept
     for name in ("checkpoint.keras", "checkpoint.previous.keras"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(
@@ -264,3 +265,36 @@ def test_a_checkpoint_whose_parts_are_not_of_one_size_is_refused_at_once(part, s
     with pytest.raises(CheckpointError, match=says):
         load_checkpoint(path)
     assert time.monotonic() - begin < 5
+
+
+def test_a_signal_after_another_workers_is_not_a_second_one():
+    handler = signal.getsignal(signal.SIGTERM)
+    with StopOnSignal() as stop:
+        stop.set_model(make_model())
+        stop._stop()  # as another worker's makes it
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_disk_that_does_not_answer_is_not_taken_for_a_broken_checkpoint(tmp_path, monkeypatch):
+    small_run(tmp_path, steps=4, epochs=2)
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(keras.saving, "load_model", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.keras could not be read: .*Input/output error"):
+        small_run(tmp_path, steps=4, epochs=2, resume=True)
+    assert (tmp_path / "checkpoint.keras").exists()
+
+
+def test_what_is_overwritten_is_moved_aside(tmp_path):
+    small_run(tmp_path, steps=2, epochs=1)
+    before = (tmp_path / "checkpoint.keras").read_bytes()
+    small_run(tmp_path, steps=2, epochs=1, overwrite=True)
+    assert (tmp_path / "checkpoint.overwritten.keras").read_bytes() == before
+    # All that a first write leaves when it is killed.
+    (tmp_path / "checkpoint.keras").replace(tmp_path / "checkpoint.new.keras")
+    (tmp_path / "checkpoint.previous.keras").unlink(missing_ok=True)
+    small_run(tmp_path, steps=2, epochs=1)
