@@ -68,6 +68,13 @@ def alone(tmp_path_factory):
     return folder, said
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The run of two processes, and what both printed."""
+    folder = tmp_path_factory.mktemp("together")
+    return folder, *ended(cluster(folder, 20))
+
+
 def variables(folder):
     model = keras.saving.load_model(folder / "checkpoint.keras")
     return [np.array(variable) for variable in model.variables + model.optimizer.variables]
@@ -78,12 +85,11 @@ def losses(said):
     return [float(x) for x in re.findall(r"val_loss: ([\d.]+)", said)]
 
 
-def test_two_workers_do_what_one_does(alone, tmp_path):
-    folder, whole = alone
-    first, second = ended(cluster(tmp_path, 20))
+def test_two_workers_do_what_one_does(alone, together):
+    (folder, whole), (other, first, second) = alone, together
     assert "on 2 devices of 2 machines" in first and "Epoch" in first and "Epoch" not in second
     assert weights(first) == weights(second) == pytest.approx(weights(whole), rel=1e-6)
-    for one, two in zip(variables(folder), variables(tmp_path), strict=True):
+    for one, two in zip(variables(folder), variables(other), strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(losses(first), losses(whole), rtol=1e-4)
 
@@ -95,10 +101,8 @@ def wait_for(condition, processes, seconds=200):
     assert condition(), "\n---\n".join(process.communicate(timeout=20)[0] for process in processes)
 
 
-def test_a_killed_worker_ends_the_run_in_a_line_and_all_resume_to_the_same_bits(tmp_path):
-    undisturbed = tmp_path / "whole"
-    [whole, _] = ended(cluster(undisturbed, 20))
-    folder = tmp_path / "killed"
+def test_a_killed_worker_ends_the_run_in_a_line_and_all_resume_to_the_same_bits(together, tmp_path):
+    whole, folder = together[1], tmp_path / "killed"
     processes = cluster(folder, 20, "--slow")
     wait_for((folder / "checkpoint.keras").exists, processes)
     processes[1].kill()
@@ -109,6 +113,7 @@ def test_a_killed_worker_ends_the_run_in_a_line_and_all_resume_to_the_same_bits(
     assert weights(first) == weights(second) == weights(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_worker_stops_all_after_the_same_step(tmp_path):
     processes = cluster(tmp_path, 40, "--slow")
     wait_for((tmp_path / "run.json").exists, processes)

@@ -122,6 +122,7 @@ def test_a_compiled_model_comes_back_as_it_was_and_goes_on_the_same(policy, tmp_
     for batch in (x[:4], x[4:], x[:4], x[4:]):  # an update, and a part of the next
         model.train_on_batch(batch, batch)
     checkpoint.save()
+    checkpoint.wait()
     loaded = keras.saving.load_model(tmp_path / "c.keras")
     assert type(loaded.optimizer) is (LossScale if policy == "mixed_float16" else AdamW)
     assert loaded.dtype_policy.name == policy
