@@ -106,7 +106,7 @@ def main():
     rates = train_step.run_child(train_step.__file__, "--rates")
     if "error" in rates:
         sys.exit(f"no rates: {rates['error']}")
-    result = rates | {"command": " ".join(["python benchmarks/long_context.py", *sys.argv[1:]]), "models": {}}
+    result = rates | {"command": train_step.command_line(), "models": {}}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.models.split(","):
         for rows in longest(MODELS[name], options.least, options.most):

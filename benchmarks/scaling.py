@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import pathlib
-import statistics
-import sys
 import time
 
 import train_step
@@ -101,12 +99,7 @@ def measure(row):
     first_loss = steps(1)
     first = time.perf_counter() - begin
     steps(3)
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        loss = steps(4)
-        times.append((time.perf_counter() - begin) / 4)
-    ms = 1e3 * statistics.median(times)
+    ms, loss = train_step.median_step(steps, 6, 4)
     found = {
         "devices": len(gpus),
         "name": tf.config.experimental.get_device_details(gpus[0])["device_name"],
@@ -150,7 +143,7 @@ def main():
     options = parser.parse_args()
     if options.row:
         return print(json.dumps(measure(json.loads(options.row))), flush=True)
-    result = {"command": " ".join(["python benchmarks/scaling.py", *sys.argv[1:]]), "rows": []}
+    result = {"command": train_step.command_line(), "rows": []}
     rows = [ROWS[int(k)] for k in options.rows.split(",")] if options.rows else ROWS
     print("gpus recomputed  summed in   first s  ms step     tokens/s  times one  all-reduce ms  bits")
     for row in rows:

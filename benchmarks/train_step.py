@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -118,12 +119,7 @@ def measure_ours(row, profiled):
         busy, kernels = device_profile.profile(lambda: steps(2))
         return {"busy_ms": busy / 2 * 1e3, "kernels": [[name, n / 2, 1e3 * s / 2] for name, n, s in kernels[:40]]}
     tf.config.experimental.reset_memory_stats("GPU:0")
-    times = []
-    for _ in range(groups):
-        begin = time.perf_counter()
-        loss = steps(count)
-        times.append((time.perf_counter() - begin) / count)
-    ms = 1e3 * statistics.median(times)
+    ms, loss = median_step(steps, groups, count)
     return {
         "parameters": model.count_params(),
         "build_s": built,
@@ -162,6 +158,22 @@ def measure_rates():
         "matmul": rate(tf.matmul, 2 * size**3, a, b),
         "copy": rate(lambda x: -x, 4 * count, x),
     }
+
+
+def command_line():
+    """How this program was called, without where its results went, which is nobody else's."""
+    called = " ".join([f"python benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return re.sub(r" --output[= ]\S+", "", called)
+
+
+def median_step(steps, groups, count):
+    """Milliseconds of a step, the median of groups of `count`, and the last loss; `steps` waits for the device."""
+    times = []
+    for _ in range(groups):
+        begin = time.perf_counter()
+        loss = steps(count)
+        times.append((time.perf_counter() - begin) / count)
+    return 1e3 * statistics.median(times), loss
 
 
 def run_child(*arguments, environment=None, seconds=600):
@@ -247,7 +259,7 @@ def main():
         f"{rates['device']}: matmul {rates['matmul'] / 1e12:.0f} TFLOP/s bfloat16, copy {rates['copy'] / 1e9:.0f} GB/s"
     )
     print("row                    side   blocks recompute first s  ms step    tokens/s     GiB floor ms  share  busy")
-    result = rates | {"command": " ".join(["python benchmarks/train_step.py", *sys.argv[1:]]), "rows": []}
+    result = rates | {"command": command_line(), "rows": []}
     for number in numbers:
         row = ROWS[number]
         if options.only not in row["name"] or (row["side"] != "stf" and row["side"] not in options.peers.split(",")):

@@ -1,6 +1,8 @@
 """What chosen pixels of an image attend to, block by block, as in the paper's Figure 2: of any finished checkpoint.
 
-python examples/attention_maps.py --checkpoint=runs/cifar10/checkpoint.keras --image=IMAGE.png --output=maps.png
+    python examples/attention_maps.py --checkpoint=runs/cifar10/checkpoint.keras --image=IMAGE.png --output=maps.png
+
+All flags: --help.
 """
 
 import os

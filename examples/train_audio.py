@@ -1,8 +1,10 @@
 """Trains a Sparse Transformer on recordings: mono, 12 kHz, 8-bit µ-law.
 
-python examples/train_audio.py --path=FOLDER            # small model, minutes on two CPU cores
-python examples/train_audio.py --path=FOLDER --resume   # go on after Ctrl-C or a crash
-python examples/train_audio.py --path=FOLDER --preset=audio-65k    # the paper's model of 152M parameters
+    python examples/train_audio.py --path=FOLDER            # small model, minutes on two CPU cores
+    python examples/train_audio.py --path=FOLDER --resume   # go on after Ctrl-C or a crash
+    python examples/train_audio.py --path=FOLDER --preset=audio-65k    # the paper's model of 152M parameters
+
+All flags: --help.
 """
 
 import os

@@ -1,10 +1,12 @@
 """Trains a Sparse Transformer on CIFAR-10 and shows what it has learned.
 
-python examples/train_cifar10.py                                   # small model, minutes on two CPU cores
-python examples/train_cifar10.py --data_dir=PATH                   # where tensorflow-datasets keeps CIFAR-10
-python examples/train_cifar10.py --resume                          # go on after Ctrl-C or a crash
-python examples/train_cifar10.py --preset=cifar10                  # the paper's model and run, on all GPUs there are
-tensorboard --logdir=runs/cifar10/log                              # losses, samples, attention maps
+    python examples/train_cifar10.py                                   # small model, minutes on two CPU cores
+    python examples/train_cifar10.py --data_dir=PATH                   # where tensorflow-datasets keeps CIFAR-10
+    python examples/train_cifar10.py --resume                          # go on after Ctrl-C or a crash
+    python examples/train_cifar10.py --preset=cifar10                  # the paper's model and run, on all GPUs
+    tensorboard --logdir=runs/cifar10/log                              # losses, samples, attention maps
+
+All flags: --help.
 """
 
 import os

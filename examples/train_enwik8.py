@@ -1,9 +1,11 @@
 """Trains a Sparse Transformer on Enwik8, or on any other text or file, byte by byte.
 
-python examples/train_enwik8.py                         # fetches Enwik8; small model, minutes on two CPU cores
-python examples/train_enwik8.py --path=FILE_OR_FOLDER   # the unpacked Enwik8, its first bytes, or anything else
-python examples/train_enwik8.py --resume                # go on after Ctrl-C or a crash
-python examples/train_enwik8.py --preset=enwik8         # the paper's model and run, on all GPUs there are
+    python examples/train_enwik8.py                         # fetches Enwik8; small model, minutes on two CPU cores
+    python examples/train_enwik8.py --path=FILE_OR_FOLDER   # the unpacked Enwik8, its first bytes, or anything else
+    python examples/train_enwik8.py --resume                # go on after Ctrl-C or a crash
+    python examples/train_enwik8.py --preset=enwik8         # the paper's model and run, on all GPUs there are
+
+All flags: --help.
 """
 
 import lzma

@@ -1,9 +1,11 @@
 """Trains a Sparse Transformer on ImageNet 64 x 64, or on a folder of images of any size.
 
-python examples/train_imagenet64.py --folder=FOLDER     # small model, minutes on two CPU cores
-python examples/train_imagenet64.py --data_dir=PATH     # tensorflow-datasets' folder; fetched if need be
-python examples/train_imagenet64.py ... --resume        # go on after Ctrl-C or a crash
-python examples/train_imagenet64.py --preset=imagenet64    # the paper's model and run, on all GPUs there are
+    python examples/train_imagenet64.py --folder=FOLDER     # small model, minutes on two CPU cores
+    python examples/train_imagenet64.py --data_dir=PATH     # tensorflow-datasets' folder; fetched if need be
+    python examples/train_imagenet64.py ... --resume        # go on after Ctrl-C or a crash
+    python examples/train_imagenet64.py --preset=imagenet64    # the paper's model and run, on all GPUs there are
+
+All flags: --help.
 """
 
 import os

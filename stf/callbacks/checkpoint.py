@@ -141,8 +141,7 @@ def _state(model):
 
 def _copied(variable):
     """A variable's value of now, whatever becomes of the variable, on the device that it lies on."""
-    value = tf.distribute.get_strategy().experimental_local_results(variable.value)[0]
-    value = tf.convert_to_tensor(getattr(value, "values", [value])[0])
+    value = tf.convert_to_tensor(getattr(variable.value, "values", [variable.value])[0])  # of replicas, which are alike
     if value.dtype.is_floating and value.shape.num_elements() > 1024:
         return tf.raw_ops.DeepCopy(x=value)
     return tf.constant(value.numpy())
@@ -186,9 +185,7 @@ def load_checkpoint(path):
             model = keras.saving.load_model(candidate)
         except (tf.errors.OpError, MemoryError):  # which say nothing of the file
             raise
-        except (
-            Exception
-        ) as error:  # whatever a file may hold: Keras raises ValueError, KeyError, OSError, zipfile's own
+        except Exception as error:  # whatever a file may hold: ValueError, KeyError, OSError, zipfile's own
             if isinstance(error, OSError) and error.errno:
                 raise CheckpointError(f"{candidate} could not be read: {_first_line(error)}") from error
             causes.append(f"{candidate} is no whole checkpoint ({_first_line(error)})")

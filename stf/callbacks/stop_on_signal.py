@@ -62,8 +62,7 @@ class StopOnSignal(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Stops training."""
-        told = bool(self.received)
-        if getattr(self.model, "agree", bool)(told):
+        if getattr(self.model, "agree", bool)(bool(self.received)):
             self._stop()
 
     def _stop(self):

@@ -73,20 +73,23 @@ def test_last_lines_say_what_came_out_and_where(runs):
     assert "TensorBoard: tensorboard --logdir=" in whole
 
 
+def evaluated(folder, *flags):
+    """What evaluate.py's last line says of the run that was left alone."""
+    checkpoint = f"--checkpoint={folder / 'whole' / 'checkpoint.keras'}"
+    command = [sys.executable, ROOT / "examples" / "evaluate.py", checkpoint, "--data=text", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def test_evaluate_gives_one_line_of_json_and_every_bytes_loss(runs):
     folder = runs[0]
-    command = [
-        sys.executable,
-        ROOT / "examples" / "evaluate.py",
-        f"--checkpoint={folder / 'whole' / 'checkpoint.keras'}",
-        "--data=text",
+    result = evaluated(
+        folder,
         f"--path={TEXT}",
         "--limit=2500",
         f"--losses={folder / 'losses.npy'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    )
     losses = np.load(folder / "losses.npy")
     assert result["bytes"] == len(losses) == 2500
     assert result["bits_per_byte"] == pytest.approx(losses.mean() / np.log(2), rel=1e-5)
@@ -103,15 +106,9 @@ def test_a_second_run_in_the_same_folder_is_refused_in_one_line(runs):
 @pytest.mark.slow
 def test_evaluate_takes_a_file_whole(runs):
     folder = runs[0]
-    command = [
-        sys.executable,
-        ROOT / "examples" / "evaluate.py",
-        f"--checkpoint={folder / 'whole' / 'checkpoint.keras'}",
-        "--data=text",
+    result = evaluated(
+        folder,
         "--split=all",
         f"--path={TEXT / 'version.py'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    )
     assert result["bytes"] == (TEXT / "version.py").stat().st_size
