@@ -24,7 +24,7 @@ ROWS = [
     dict(gpus=1, recompute=False, dtype=None),
     dict(gpus="all", recompute=False, dtype=None),
     dict(gpus="all", recompute=False, dtype=None),
-    dict(gpus="all", recompute=False, dtype="bfloat16"),
+    dict(gpus="all", recompute=False, dtype="float16"),
     dict(gpus=1, recompute=True, dtype=None),
     dict(gpus="all", recompute=True, dtype=None),
 ]

@@ -12,9 +12,9 @@ from stf import xla
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("", "--xla_gpu_enable_triton_gemm=false"),
-        ("--xla_dump_to=there", "--xla_dump_to=there --xla_gpu_enable_triton_gemm=false"),
-        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+        ("", "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"),
+        ("--xla_dump_to=there", "--xla_dump_to=there --xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"),
+        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true --xla_gpu_autotune_level=0"),
     ],
 )
 def test_flags_are_added_to_what_is_given(monkeypatch, given, expected):

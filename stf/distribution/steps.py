@@ -2,14 +2,14 @@
 
 Keras 3.15 stands in the way in three places, none of which a model has to use:
 
--   `Trainer._make_function` puts `tf.function(jit_compile=True)` around `Strategy.run`, so around all devices at once.
-    Here each replica compiles its own share, and gradients are summed between two compiled functions.
+-   `Trainer._make_function` puts `tf.function(jit_compile=True)` around `Strategy.run`, so around all devices at once,
+    and `jit_compile="auto"` is therefore never true under a strategy. Here each replica compiles its own share.
 -   `reduce_per_replica` reduces scalars along an axis under MultiWorkerMirroredStrategy (keras #20585), so that `fit`
     fails for every model. Here logs are averaged within the replicas.
 -   `_maybe_symbolic_build` takes a first batch, so that data which shuffle anew begin with their second order, and
     reduces it to its mean, which fails for nested batches, and makes tokens floats. Here shapes are enough.
 
-docs/distribution.md has the reports. With one replica everything is Keras' own.
+docs/distribution.md has the reports. Without a strategy everything is Keras' own.
 """
 
 import keras
@@ -21,7 +21,7 @@ from stf.distribution.replicas import replicas, sum_over_replicas
 class ReplicatedTrainer:
     """For a `keras.Model`, before it in the list of bases: trains on all replicas of the strategy it was made under.
 
-    Under several replicas a step is: loss and gradients of each replica's share, one compiled program each; one
+    Under a strategy a step is: loss and gradients of each replica's share, one compiled program each; one
     all-reduce of all gradients as one vector; clipping, the check for non-finite numbers and the update, one compiled
     program each, all of which compute the same. Optimizers other than `stf.training.AdamW` (in a
     `stf.training.LossScale` or not) do their own summing, uncompiled, as Keras has them; so does a model whose
@@ -64,27 +64,36 @@ class ReplicatedTrainer:
         return float(count(tf.constant(float(asked)))[0]) > 0
 
     def make_train_function(self, force=False):
-        """Keras' `make_train_function`, for several replicas another."""
-        if self.distribute_strategy.num_replicas_in_sync == 1:
+        """Keras' `make_train_function`, under a strategy another."""
+        if self._distribute_strategy is None:
             return super().make_train_function(force)
         if self.train_function is None or force:
             self.train_function = self._make_replicated(self._train_in_replica)
         return self.train_function
 
     def make_test_function(self, force=False):
-        """Keras' `make_test_function`, for several replicas another."""
-        if self.distribute_strategy.num_replicas_in_sync == 1:
+        """Keras' `make_test_function`, under a strategy another."""
+        if self._distribute_strategy is None:
             return super().make_test_function(force)
         if self.test_function is None or force:
             self.test_function = self._make_replicated(self._test_in_replica)
         return self.test_function
+
+    def _resolve_auto_jit_compile(self):
+        # Keras' answer is never, under a strategy: its own step cannot be compiled there.
+        strategy, self._distribute_strategy = self._distribute_strategy, None
+        try:
+            return super()._resolve_auto_jit_compile()
+        finally:
+            self._distribute_strategy = strategy
 
     def _make_replicated(self, step):
         """A function of an iterator that makes a step on all replicas, and gives its logs."""
         strategy = self.distribute_strategy
 
         def on_all(data, vote, even):
-            return strategy.experimental_local_results(strategy.run(step, args=(data, vote, even)))
+            # One replica's results, which are all replicas': those of another device would be waited for and copied.
+            return strategy.experimental_local_results(strategy.run(step, args=(data, vote, even)))[0]
 
         if not self.run_eagerly:
             on_all = tf.function(on_all, reduce_retracing=True, autograph=False)
@@ -93,7 +102,7 @@ class ReplicatedTrainer:
         def function(iterator):
             even, logs = _has_even_batches(iterator), None
             for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
-                logs, vote = on_all(data, tf.constant(float(self.asks_to_stop)), even)[0]
+                logs, vote = on_all(data, tf.constant(float(self.asks_to_stop)), even)
                 self._votes = (*self._votes[-1:], vote)
             if logs is None:
                 raise StopIteration
@@ -109,11 +118,7 @@ class ReplicatedTrainer:
         variables = self.trainable_variables
         sizes = [variable.shape.num_elements() for variable in variables]
         dtype = inner.all_reduce_dtype or keras.backend.result_type("float32", *(v.dtype for v in variables))
-        if dtype == "bfloat16" and "GPU" in tf.distribute.get_replica_context().devices[0]:
-            raise ValueError(
-                "all_reduce_dtype must be one that NCCL sums for TensorFlow: 'float16', 'float32', or None. "
-                "Received: all_reduce_dtype='bfloat16'"
-            )
+        check_all_reduce_dtype(dtype, self.distribute_strategy.extended.worker_devices)
         used = [True] * len(variables)  # whether a variable has a gradient
 
         def backward():
@@ -171,16 +176,24 @@ class ReplicatedTrainer:
         return tf.function(function, jit_compile=True, autograph=False)()
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        strategy = self.distribute_strategy
-        if strategy.num_replicas_in_sync == 1:
+        if self._distribute_strategy is None:
             return super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         if (
             iterator is not None
         ):  # not by its first batch: data that shuffle anew would begin otherwise than on one device
             spec = iterator.data_adapter.get_tf_dataset().element_spec
             data_batch = tf.nest.map_structure(_one_replicas_input, spec)
-        with strategy.scope():
+        with self.distribute_strategy.scope():
             self._symbolic_build(data_batch=data_batch)
+
+
+def check_all_reduce_dtype(dtype, devices):
+    """Raises ValueError for a dtype in which TensorFlow cannot sum over these devices (strings)."""
+    if dtype == "bfloat16" and any("GPU" in device for device in devices):
+        raise ValueError(
+            "all_reduce_dtype must be one that NCCL sums for TensorFlow: 'float16', 'float32', or None. "
+            "Received: all_reduce_dtype='bfloat16'"
+        )
 
 
 def _one_replicas_input(spec):

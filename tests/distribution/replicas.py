@@ -3,6 +3,7 @@
 Devices are two virtual CPUs, or what STF_DEVICES names, such as GPU:0,GPU:1.
 """
 
+import functools
 import json
 import os
 import sys
@@ -20,12 +21,19 @@ two = os.environ.get("STF_DEVICES", "CPU:0,CPU:1").split(",")
 [cpu] = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
+
+@functools.cache
+def mirrored():
+    """The one strategy of this process: two of them would share TensorFlow's keys of collective operations."""
+    return tf.distribute.MirroredStrategy(two)
+
+
 tokens = np.random.default_rng(0).integers(0, 11, (8, 24)).astype("int32")
 
 
-def run(devices, rows=8, dtype="float32", jit_compile=False, **options):
+def run(strategy, rows=8, dtype="float32", jit_compile=False, **options):
     keras.utils.set_random_seed(0)
-    with tf.distribute.MirroredStrategy(devices).scope() if devices else tf.distribute.get_strategy().scope():
+    with strategy.scope():
         patterns = [stf.patterns.Local(4), stf.patterns.Strided(4)]
         model = stf.models.SparseTransformer(
             24, (6, 4), patterns, 3, 2, 16, vocab_size=11, seed=1, recompute=True, dtype=dtype
@@ -46,9 +54,9 @@ def run(devices, rows=8, dtype="float32", jit_compile=False, **options):
     return history["loss"] + history["bits_per_dim"] + history["val_loss"] + [weights]
 
 
-def layers(devices):
+def layers():
     """The losses of a plain Keras model of our layers."""
-    with tf.distribute.MirroredStrategy(devices).scope():
+    with mirrored().scope():
         x = inputs = keras.Input((24,), dtype="int32")
         x = keras.layers.Embedding(11, 16)(x)
         x = stf.layers.SparseResidualBlock(stf.layers.StridedAttention(2, 8, stride=4), dropout=0.1, seed=1)(x)
@@ -57,9 +65,9 @@ def layers(devices):
     return model.fit(tokens, tokens, batch_size=4, epochs=4, shuffle=False, verbose=0).history["loss"]
 
 
-def dropout(devices):
+def dropout():
     """What each replica's block makes of the same input; and whether the state of their seeds is one."""
-    strategy = tf.distribute.MirroredStrategy(devices)
+    strategy = mirrored()
     with strategy.scope():
         stack = stf.layers.SparseResidualStack(1, [stf.patterns.Local(4)], 1, 8, dropout=0.5, seed=3)
         stack.build([None, None, 8])
@@ -80,8 +88,8 @@ def dropout(devices):
     return found, states
 
 
-def broken_on_one(devices):
-    strategy = tf.distribute.MirroredStrategy(devices)
+def broken_on_one():
+    strategy = mirrored()
     with strategy.scope():
         weight = keras.Variable(np.ones(3, "float32"))
         optimizer = stf.training.optimizer(0.1)
@@ -97,23 +105,34 @@ def broken_on_one(devices):
     return [float(x) for x in tf.convert_to_tensor(weight.value)] + [int(tf.convert_to_tensor(optimizer.skipped.value))]
 
 
+def refused():
+    """What is said of a dtype that the devices cannot sum."""
+    try:
+        run(mirrored(), all_reduce_dtype="bfloat16", jit_compile=True)
+    except ValueError as error:
+        return str(error)
+
+
 if "GPU:0" in two:
     tf.config.experimental.enable_tensor_float_32_execution(False)
 runs = {
-    "one": lambda: run(None),
-    "two": lambda: run(two),
-    "one, accumulating": lambda: run(None, accumulation_steps=2),
-    "two, accumulating": lambda: run(two, accumulation_steps=2),
-    "one, ragged": lambda: run(None, rows=7),
-    "two, ragged": lambda: run(two, rows=7),
-    "two, compiled": lambda: run(two, jit_compile=True),
-    "one, half": lambda: run(None, dtype="mixed_float16"),
-    "two, half": lambda: run(two, dtype="mixed_float16"),
-    "two, in bfloat16": lambda: run(two, all_reduce_dtype="bfloat16"),
-    "two, ragged and compiled": lambda: run(two, rows=7, jit_compile=True),
-    "two, half and compiled": lambda: run(two, dtype="mixed_float16", jit_compile=True),
-    "layers": lambda: layers(two),
-    "dropout": lambda: dropout(two),
-    "broken": lambda: broken_on_one(two),
+    "one, under a strategy": lambda: run(tf.distribute.OneDeviceStrategy(two[0]), jit_compile=True),
+    "one": lambda: run(tf.distribute.get_strategy()),
+    "two": lambda: run(mirrored()),
+    "one, accumulating": lambda: run(tf.distribute.get_strategy(), accumulation_steps=2),
+    "two, accumulating": lambda: run(mirrored(), accumulation_steps=2),
+    "one, ragged": lambda: run(tf.distribute.get_strategy(), rows=7),
+    "two, ragged": lambda: run(mirrored(), rows=7),
+    "two, compiled": lambda: run(mirrored(), jit_compile=True),
+    "one, half": lambda: run(tf.distribute.get_strategy(), dtype="mixed_float16"),
+    "two, half": lambda: run(mirrored(), dtype="mixed_float16"),
+    "two, in bfloat16": lambda: run(mirrored(), all_reduce_dtype="bfloat16"),
+    "two, in float16 and compiled": lambda: run(mirrored(), all_reduce_dtype="float16", jit_compile=True),
+    "two, ragged and compiled": lambda: run(mirrored(), rows=7, jit_compile=True),
+    "two, half and compiled": lambda: run(mirrored(), dtype="mixed_float16", jit_compile=True),
+    "layers": layers,
+    "dropout": dropout,
+    "broken": broken_on_one,
+    "refused": refused,
 }
 print(json.dumps({name: runs[name]() for name in sys.argv[1:]}))
