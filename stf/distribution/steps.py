@@ -178,9 +178,8 @@ class ReplicatedTrainer:
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         if self._distribute_strategy is None:
             return super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
-        if (
-            iterator is not None
-        ):  # not by its first batch: data that shuffle anew would begin otherwise than on one device
+        if iterator is not None:
+            # Not by its first batch: data that shuffle anew would begin otherwise than on one device.
             spec = iterator.data_adapter.get_tf_dataset().element_spec
             data_batch = tf.nest.map_structure(_one_replicas_input, spec)
         with self.distribute_strategy.scope():
