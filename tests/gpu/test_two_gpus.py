@@ -22,7 +22,8 @@ NAMES = {
     "two, compiled": ("one", 1e-4),
     "two, ragged and compiled": ("one, ragged", 1e-4),
     "two, half and compiled": ("one, half", 5e-3),
-    "two, in float16 and compiled": ("one", 5e-4),
+    # On two CPUs float16 sums move them by 3.6e-5, beside 1e-4 of the devices.
+    "two, in float16 and compiled": ("one", 2e-4),
 }
 
 
