@@ -4,7 +4,10 @@
 #   make test                                              what .ci/run runs
 #   make test-all                                          every test, the slow sweeps too
 #   make test-gpu                                          the tests that need an NVIDIA GPU
-#   make lint, make format, make lib, make wheel, make clean
+#   make lint, make format, make lib, make check-cuda, make wheel, make clean
+#
+# The op library is built for what this machine can run, with CUDA kernels where it has a GPU (custom_ops/build.py); a wheel has
+# those for all.
 #
 # Needs Python 3.11 or later, g++ and make. On Debian and Ubuntu the rest (Python's venv, Bazel, for `make test` a browser)
 # is installed through apt-get by root or by whoever may use sudo without a password; others are told what to install.
@@ -30,7 +33,7 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist loadfile
 ARGS ?=
 
-.PHONY: setup train test test-all test-gpu browser lint format lib wheel clean
+.PHONY: setup train test test-all test-gpu browser lint format lib check-cuda wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -44,11 +47,18 @@ $(VENV)/dependencies: requirements.lock requirements-cuda.lock | $(BIN)/python
 	$(PIP) install -r requirements.lock $(CUDA_LIBRARIES)
 	touch $@
 
-lib: $(LIBRARY)
+# Asked for by name, it is built anew: for another STF_CUDA_ARCHITECTURES perhaps.
+lib: $(VENV)/dependencies
+	$(BIN)/python custom_ops/build.py --install-bazel
+	touch $(LIBRARY)
 
 $(LIBRARY): $(VENV)/dependencies $(SOURCES)
 	$(BIN)/python custom_ops/build.py --install-bazel
 	touch $@
+
+# Where there is no GPU to run them on, a part of the CUDA kernels that holds all that can fail to compile.
+check-cuda: $(VENV)/dependencies
+	$(BIN)/python custom_ops/build.py --install-bazel --check-cuda
 
 # Editable: sources and a library built anew are seen without another installation.
 $(VENV)/installed: setup.py pyproject.toml $(VENV)/dependencies | $(LIBRARY)
@@ -90,7 +100,7 @@ format: $(VENV)/dependencies $(VENV)/buildifier
 
 # A wheel for this platform, in dist/.
 wheel: $(VENV)/dependencies
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	STF_CUDA_ARCHITECTURES=$${STF_CUDA_ARCHITECTURES:-all} $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist stf.egg-info $(LIBRARY) stf/ops/built_for.json bazel-*

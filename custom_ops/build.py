@@ -2,10 +2,12 @@
 
     python custom_ops/build.py                    # TensorFlow must be installed for this Python
     python custom_ops/build.py --install-bazel    # first install Debian's bazel-bootstrap, if no Bazel is found
+    python custom_ops/build.py --check-cuda       # compile a part of the CUDA kernels, where nvcc is, and keep nothing
 
 With Debian's Bazel it needs no network: the rules are Bazel's own, TensorFlow's headers and library are the wheel's.
-Where nvcc is found (in $CUDA_HOME, on the PATH or in /usr/local/cuda) the library also has the GPU's kernels, for the
-architectures of $STF_CUDA_ARCHITECTURES (80,90a,100 unless set; 86 and 89 run 80's); STF_CUDA=off leaves them out.
+The library has the kernels that this machine can run: the CPU's, and those of the architectures of its GPUs, which nvcc
+compiles (of $CUDA_HOME, on the PATH or in /usr/local/cuda). $STF_CUDA_ARCHITECTURES says otherwise: "none", "all", or
+names such as 80,90a (8.6 and 8.9 run 80's).
 """
 
 import importlib.metadata
@@ -22,6 +24,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = "//custom_ops:libstf_ops.so"
 LIBRARY = ROOT / "stf" / "ops" / "libstf_ops.so"
 BUILT_FOR = LIBRARY.with_name("built_for.json")
+ALL_ARCHITECTURES = ("80", "90a", "100")
+# A part that holds every template of the kernels: bfloat16 at depths 64 and 128, float32 at 256, which has passes of
+# its own, and all that is not a kernel.
+CUDA_SAMPLE = (
+    "//custom_ops:attention_cuda_1_2",
+    "//custom_ops:attention_cuda_0_4",
+    "//custom_ops:attention_cuda_host",
+    "//custom_ops:residual_stack_cuda_rowwise",
+    "//custom_ops:residual_stack_cuda_host",
+    "//custom_ops:tensorflow_gpu",
+)
 VERSIONS = range(4, 8)  # 8 and later read no WORKSPACE unless told to, and have no C++ rules of their own
 DEBIAN = "bazel-4"  # Debian's launcher `bazel` refuses any .bazelversion but its own; this is the program behind it
 MISSING = (
@@ -68,8 +81,6 @@ def tensorflow():
 
 def cuda():
     """The folder of a CUDA toolkit, or an empty string."""
-    if os.environ.get("STF_CUDA") == "off":
-        return ""
     named = pathlib.Path(os.environ.get("CUDA_HOME", "/nowhere"), "bin", "nvcc")
     found = [str(named), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     for nvcc in filter(None, found):
@@ -84,35 +95,80 @@ def cuda():
     return ""
 
 
-def build(install_bazel=False):
-    """Builds the library; returns its path and that of the file that says what it was built for."""
+def architectures():
+    """The GPU architectures to build for, as nvcc names them, least first."""
+    asked = os.environ.get("STF_CUDA_ARCHITECTURES", "")
+    if asked in ("all", "none"):
+        return ALL_ARCHITECTURES if asked == "all" else ()
+    if asked:
+        names = asked.split(",")
+        if not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
+            sys.exit(f"STF_CUDA_ARCHITECTURES must be none, all, or names such as 80,90a. Received: {asked}")
+        return tuple(names)
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said.stdout, re.MULTILINE)}
+    # Hopper's kernels use what only its own, "architecture-specific" target has.
+    return tuple("90a" if name == 90 else str(name) for name in sorted(found) if name >= 80)
+
+
+def bazel_build(targets, wanted, install_bazel=False):
+    """Runs Bazel for targets; returns TensorFlow's version and, where there is an nvcc, the wanted architectures."""
     bazel, bazel_version = find_bazel(install_bazel)
     version, folder = tensorflow()
+    toolkit = cuda() if wanted else ""
+    if wanted and not toolkit:
+        what = f"CUDA kernels for {','.join(wanted)} need nvcc, which was not found"
+        if os.environ.get("STF_CUDA_ARCHITECTURES"):
+            sys.exit(f"{what}. Name its folder in CUDA_HOME, or ask for none: STF_CUDA_ARCHITECTURES=none.")
+        print(f"{what}: building the CPU's alone", flush=True)
     environment = {
         "STF_TENSORFLOW_INCLUDE": folder / "include",
         "STF_TENSORFLOW_LIB": folder,
         # What tf.sysconfig.get_compile_flags() says of TensorFlow 2.21's wheel, and what its build aligned Eigen to.
         "STF_TENSORFLOW_DEFINES": "_GLIBCXX_USE_CXX11_ABI=1 EIGEN_MAX_ALIGN_BYTES=64",
-        "STF_CUDA": cuda(),
-        "STF_CUDA_ARCHITECTURES": os.environ.get("STF_CUDA_ARCHITECTURES") or "80,90a,100",
+        "STF_CUDA": toolkit,
+        "STF_CUDA_ARCHITECTURES": ",".join(wanted) if toolkit else "",
     }
-    if not environment["STF_CUDA"]:
-        print("no nvcc found: building the CPU's kernels alone", flush=True)
-    command = [bazel, "--max_idle_secs=60", "build", TARGET, *flags_for(bazel_version)]
+    command = [bazel, "--max_idle_secs=60", "build", *targets, *flags_for(bazel_version)]
     command += [f"--repo_env={name}={value}" for name, value in environment.items()]
     if os.environ.get("STF_BAZEL_OUTPUT"):
         command.insert(1, f"--output_user_root={os.environ['STF_BAZEL_OUTPUT']}")
     status = subprocess.run(command, cwd=ROOT).returncode
     if status:
         sys.exit(f"Bazel ended with status {status}: {' '.join(map(str, command))}")
+    return version, wanted if toolkit else ()
+
+
+def build(install_bazel=False):
+    """Builds the library; returns its path and that of the file that says what it was built for."""
+    wanted = architectures()
+    print(f"building for the CPU{''.join(f', sm_{name}' for name in wanted)}", flush=True)
+    version, built = bazel_build([TARGET], wanted, install_bazel)
     # A new file under a new name, then renamed: a process that has the old one mapped keeps it.
     fresh = LIBRARY.with_suffix(".so.new")
     shutil.copyfile(ROOT / "bazel-bin" / "custom_ops" / "libstf_ops.so", fresh)
     fresh.chmod(0o755)
     fresh.replace(LIBRARY)
-    BUILT_FOR.write_text(json.dumps({"tensorflow": version}) + "\n")
+    fresh = BUILT_FOR.with_suffix(".json.new")
+    fresh.write_text(json.dumps({"tensorflow": version, "cuda": built}) + "\n")
+    fresh.replace(BUILT_FOR)
     return LIBRARY, BUILT_FOR
 
 
+def check_cuda(install_bazel=False):
+    """Compiles `CUDA_SAMPLE` for Hopper, where both paths of the kernels are, if there is an nvcc."""
+    if cuda():
+        bazel_build(CUDA_SAMPLE, ("90a",), install_bazel)
+    else:
+        print("no nvcc found: CUDA kernels are not compiled")
+
+
 if __name__ == "__main__":
-    print("built", build("--install-bazel" in sys.argv[1:])[0].relative_to(ROOT))
+    if "--check-cuda" in sys.argv[1:]:
+        check_cuda("--install-bazel" in sys.argv[1:])
+    else:
+        print("built", build("--install-bazel" in sys.argv[1:])[0].relative_to(ROOT))

@@ -62,8 +62,16 @@ def cuda_kernels(name, srcs, hdrs, kernels_src, nvcc, gencode, variants, deps):
             ),
         )
     native.cc_library(
-        name = name,
-        srcs = srcs + outs,
+        name = name + "_host",
+        srcs = srcs,
         hdrs = hdrs,
         deps = deps,
+    )
+    native.cc_library(
+        name = name,
+        srcs = outs,
+        hdrs = hdrs,
+        # What launches them stands behind them.
+        alwayslink = True,
+        deps = [":%s_host" % name],
     )

@@ -1,6 +1,7 @@
 """What is built and installed: the library beside stf, the pins, the wheel, and the README's snippets."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -63,7 +64,43 @@ def test_lock_holds_all_that_stf_needs():
 
 def test_library_says_what_it_was_built_for():
     built_for = json.loads((OPS / "built_for.json").read_text())
-    assert built_for == {"tensorflow": importlib.metadata.version("tensorflow")}
+    assert built_for.keys() == {"tensorflow", "cuda"}
+    assert built_for["tensorflow"] == importlib.metadata.version("tensorflow")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "expected"),
+    [
+        ("", None, ()),
+        ("", "8.6\n", ("86",)),
+        ("", "9.0\n8.0\n9.0\n", ("80", "90a")),
+        ("", "No devices were found\n", ()),
+        ("none", "9.0\n", ()),
+        ("all", None, ("80", "90a", "100")),
+        ("80,90a", None, ("80", "90a")),
+    ],
+)
+def test_the_library_is_built_for_what_the_machine_can_run(asked, gpus, expected, tmp_path, monkeypatch):
+    if gpus is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setenv("STF_CUDA_ARCHITECTURES", asked)
+    assert op_library().architectures() == expected
+
+
+def test_architectures_that_are_none_are_refused(monkeypatch):
+    monkeypatch.setenv("STF_CUDA_ARCHITECTURES", "hopper")
+    with pytest.raises(SystemExit, match="Received: hopper"):
+        op_library().architectures()
+
+
+def op_library():
+    """custom_ops/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("op_library", ROOT / "custom_ops" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_kernels_know_nothing_of_tensorflow():
@@ -118,8 +155,9 @@ def test_wheel_works_without_the_source_tree(wheel, tmp_path):
             "was built for TensorFlow 2.20.0",
         ),
         (lambda ops: (ops / "libstf_ops.so").write_bytes(b"no library"), "does not load"),
+        (lambda ops: (ops / "built_for.json").write_text(""), "cannot be read"),
     ],
-    ids=["missing", "other TensorFlow", "broken"],
+    ids=["missing", "other TensorFlow", "broken", "emptied"],
 )
 def test_import_works_without_the_library_and_the_op_says_what_to_do(wheel, tmp_path, break_it, said):
     zipfile.ZipFile(wheel).extractall(tmp_path)

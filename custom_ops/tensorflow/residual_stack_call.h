@@ -18,7 +18,7 @@ constexpr const char* kStackWeightNames[kStackWeights] = {"projection_kernel",  
                                                           "output_kernel",         "output_bias"};
 
 // Sizes and options of a stack, from shapes and attributes. Components, program_begin and first_program are the attributes' (see
-// residual_stack_gpu.cc); they are pointed to.
+// residual_stack_op.cc); they are pointed to.
 struct StackOptions {
   int64_t blocks, batch, positions, width, hidden_width, heads, key_depth, value_depth;
   int32_t dtype, keep;

@@ -11,7 +11,7 @@ BUILD = "Build it with `make lib` in a checkout, or install stf with `pip instal
 
 
 class LibraryNotFoundError(ImportError):
-    """The op library is not there, or was built for another TensorFlow."""
+    """The op library is not there, or was built for another TensorFlow or without what is asked of it."""
 
 
 def library_path():
@@ -29,20 +29,42 @@ def load():
     path = library_path()
     if not path.exists():
         raise LibraryNotFoundError(f"stf's op library is missing: no file {path}. {BUILD}.")
-    built_for = FOLDER / "built_for.json"
-    if built_for.exists():
-        version = json.loads(built_for.read_text())["tensorflow"]
-        if version != tf.__version__:
-            raise LibraryNotFoundError(
-                f"stf's op library {path} was built for TensorFlow {version}, and this is "
-                f"TensorFlow {tf.__version__}. {BUILD}, or install tensorflow=={version}."
-            )
+    version = _built_for()["tensorflow"]
+    if version != tf.__version__:
+        raise LibraryNotFoundError(
+            f"stf's op library {path} was built for TensorFlow {version}, and this is "
+            f"TensorFlow {tf.__version__}. {BUILD}, or install tensorflow=={version}."
+        )
     try:
-        return tf.load_op_library(str(path))
+        module = tf.load_op_library(str(path))
     except tf.errors.NotFoundError as error:
         raise LibraryNotFoundError(
             f"stf's op library {path} does not load with TensorFlow {tf.__version__}. {BUILD}. "
             f"The loader said: {error.message}"
+        ) from error
+    if not has_cuda() and tf.config.list_physical_devices("GPU"):
+        tf.get_logger().warning(
+            "stf's op library was built without CUDA kernels: attention runs on the CPU, beside this machine's GPUs. "
+            "%s on this machine.",
+            BUILD,
+        )
+    return module
+
+
+@functools.cache
+def has_cuda():
+    """Whether the library that `load` loads has kernels for NVIDIA GPUs."""
+    return bool(_built_for()["cuda"])
+
+
+def _built_for():
+    """What the library was built for: the version of TensorFlow, the GPU architectures."""
+    path = FOLDER / "built_for.json"
+    try:
+        return {"cuda": (), **json.loads(path.read_text())}
+    except (OSError, ValueError) as error:
+        raise LibraryNotFoundError(
+            f"{path} should say what stf's op library was built for, and cannot be read: {error}. {BUILD}."
         ) from error
 
 

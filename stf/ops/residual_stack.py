@@ -40,7 +40,7 @@ def runs_residual_stack(inputs, hidden, num_heads, key_depth, value_depth):
         and max(key_depth, value_depth) <= MOST_DEPTH
         and bool(tf.config.list_logical_devices("GPU"))
         and not _placed_on_a_cpu()
-        and hasattr(library.load(), "stf_residual_stack")
+        and library.has_cuda()
     )
 
 
@@ -74,7 +74,7 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
         InvalidArgumentError: for shapes that do not fit; names the argument.
         LibraryNotFoundError: the op library is missing, or was built without CUDA.
     """
-    if not hasattr(library.load(), "stf_residual_stack"):
+    if not library.has_cuda():
         raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
     _load_cublas()
     attributes = {

@@ -1,7 +1,14 @@
 // The op and its gradient under XLA (jit_compile=True): lowered to typed custom calls, whose handlers are in attention_ffi_*.cc.
+// Registered in attention_xla_*.cc.
 //
 // REGISTER_XLA_OP is read once, at the first use of XLA, so that a library loaded later is not seen; kernels registered for XLA's own
 // devices are seen whenever they come.
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_XLA_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_XLA_H_
+
+#include <string>
+#include <vector>
+
 #include "custom_ops/tensorflow/attention_call.h"
 #include "custom_ops/tensorflow/attention_calls.h"
 #include "custom_ops/tensorflow/call_attributes.h"
@@ -10,39 +17,25 @@
 #include "xla/layout_util.h"
 #include "xla/shape_util.h"
 
-#if STF_CUDA
-#include "custom_ops/attention/cuda/attention.h"
-#endif
-
 namespace stf {
-namespace {
 
-using tensorflow::OpKernelConstruction;
-using tensorflow::XlaOpKernelContext;
-
-std::string Written(const Program& program, const Packing& packing) {
+inline std::string Written(const Program& program, const Packing& packing) {
   CallAttributes attributes;
   if (packing.heads) attributes.Add("num_heads", packing.heads).Add("key_depth", packing.key_depth);
   return attributes.Add(program).text();
 }
 
-// Bytes of device memory that a call needs beside its arguments and results.
-int64_t Workspace(const stf_problem& problem, bool gradient, bool gpu) {
-#if STF_CUDA
-  if (gpu) return gradient ? stf_attention_cuda_backward_workspace(&problem) : stf_attention_cuda_forward_workspace(&problem);
-#endif
-  return 0;  // the CPU's kernels see to it themselves
-}
-
-template <bool kGradient, bool kPacked, bool kGpu>
+// Device::Check(problem) says what the device's kernels do not take, and Device::Workspace(problem, gradient) the bytes of memory that a
+// call needs beside its arguments and results.
+template <bool kGradient, bool kPacked, typename Device>
 class AttentionXla : public tensorflow::XlaOpKernel {
  public:
-  explicit AttentionXla(OpKernelConstruction* context) : XlaOpKernel(context) {
+  explicit AttentionXla(tensorflow::OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, program_.Init(context));
     if (kPacked) OP_REQUIRES_OK(context, packing_.Init(context));
   }
 
-  void Compile(XlaOpKernelContext* context) override {
+  void Compile(tensorflow::XlaOpKernelContext* context) override {
     std::vector<tensorflow::TensorShape> shapes;
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
@@ -59,7 +52,7 @@ class AttentionXla : public tensorflow::XlaOpKernel {
     const xla::PrimitiveType type = operand_shapes[0].element_type();
     problem.dtype = type == xla::F32 ? STF_FLOAT32 : type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
     if (kGradient) OP_REQUIRES_OK(context, CheckGradient(shapes, problem));
-    if (kGpu) OP_REQUIRES_OK(context, CheckForGpu(problem));
+    OP_REQUIRES_OK(context, Device::Check(problem));
 
     const absl::Span<const uint8_t> layouts(reinterpret_cast<const uint8_t*>(program_.layouts.data()), program_.layouts.size());
     constexpr int kLayouts = kPacked ? 2 : 4;  // behind the lengths
@@ -73,7 +66,7 @@ class AttentionXla : public tensorflow::XlaOpKernel {
       results = {xla::ShapeUtil::MakeShape(type, {problem.batch, problem.positions, problem.heads, problem.value_depth}),
                  xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, problem.heads, problem.positions})};
     }
-    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {Workspace(problem, kGradient, kGpu)}));
+    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {Device::Workspace(problem, kGradient)}));
     for (xla::Shape& shape : operand_shapes) xla::LayoutUtil::SetToDefaultLayout(&shape);
     for (xla::Shape& shape : results) xla::LayoutUtil::SetToDefaultLayout(&shape);
     const char* target = kPacked ? (kGradient ? kPackedGradientCall : kPackedForwardCall) : (kGradient ? kGradientCall : kForwardCall);
@@ -88,19 +81,15 @@ class AttentionXla : public tensorflow::XlaOpKernel {
   Packing packing_;
 };
 
-#define STF_REGISTER_KERNEL(name, device, ...) \
-  REGISTER_KERNEL_BUILDER(                     \
+#define STF_REGISTER_XLA_KERNEL(name, device, ...) \
+  REGISTER_KERNEL_BUILDER(                         \
       Name(name).Device(device).TypeConstraint("T", {tensorflow::DT_FLOAT, tensorflow::DT_BFLOAT16, tensorflow::DT_HALF}), __VA_ARGS__)
-#define STF_REGISTER(device, gpu)                                                    \
-  STF_REGISTER_KERNEL("StfAttention", device, AttentionXla<false, false, gpu>);      \
-  STF_REGISTER_KERNEL("StfAttentionGrad", device, AttentionXla<true, false, gpu>);   \
-  STF_REGISTER_KERNEL("StfPackedAttention", device, AttentionXla<false, true, gpu>); \
-  STF_REGISTER_KERNEL("StfPackedAttentionGrad", device, AttentionXla<true, true, gpu>)
+#define STF_REGISTER_XLA(device, Device)                                                    \
+  STF_REGISTER_XLA_KERNEL("StfAttention", device, AttentionXla<false, false, Device>);      \
+  STF_REGISTER_XLA_KERNEL("StfAttentionGrad", device, AttentionXla<true, false, Device>);   \
+  STF_REGISTER_XLA_KERNEL("StfPackedAttention", device, AttentionXla<false, true, Device>); \
+  STF_REGISTER_XLA_KERNEL("StfPackedAttentionGrad", device, AttentionXla<true, true, Device>)
 
-STF_REGISTER("XLA_CPU_JIT", false);
-#if STF_CUDA
-STF_REGISTER("XLA_GPU_JIT", true);
-#endif
-
-}  // namespace
 }  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_XLA_H_
