@@ -35,6 +35,7 @@ CUDA_SAMPLE = (
     "//custom_ops:residual_stack_cuda_host",
     "//custom_ops:tensorflow_gpu",
 )
+OLDEST_CUDA = (12, 5)  # kernels take more than 4 KiB of parameters, and ask the driver for a function of a version
 VERSIONS = range(4, 8)  # 8 and later read no WORKSPACE unless told to, and have no C++ rules of their own
 DEBIAN = "bazel-4"  # Debian's launcher `bazel` refuses any .bazelversion but its own; this is the program behind it
 MISSING = (
@@ -80,11 +81,16 @@ def tensorflow():
 
 
 def cuda():
-    """The folder of a CUDA toolkit, or an empty string."""
+    """The folder of a CUDA toolkit that is new enough, or an empty string."""
     named = pathlib.Path(os.environ.get("CUDA_HOME", "/nowhere"), "bin", "nvcc")
     found = [str(named), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     for nvcc in filter(None, found):
         if not pathlib.Path(nvcc).exists():
+            continue
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", said)
+        if not release or tuple(map(int, release.groups())) < OLDEST_CUDA:
+            print(f"{nvcc} is not of CUDA {'.'.join(map(str, OLDEST_CUDA))} or later: not used", flush=True)
             continue
         # The program on the PATH may be a script: nvcc itself knows where it lives.
         said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
@@ -121,7 +127,8 @@ def bazel_build(targets, wanted, install_bazel=False):
     version, folder = tensorflow()
     toolkit = cuda() if wanted else ""
     if wanted and not toolkit:
-        what = f"CUDA kernels for {','.join(wanted)} need nvcc, which was not found"
+        oldest = ".".join(map(str, OLDEST_CUDA))
+        what = f"CUDA kernels for {','.join(wanted)} need nvcc of CUDA {oldest} or later, which was not found"
         if os.environ.get("STF_CUDA_ARCHITECTURES"):
             sys.exit(f"{what}. Name its folder in CUDA_HOME, or ask for none: STF_CUDA_ARCHITECTURES=none.")
         print(f"{what}: building the CPU's alone", flush=True)

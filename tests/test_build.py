@@ -95,6 +95,18 @@ def test_architectures_that_are_none_are_refused(monkeypatch):
         op_library().architectures()
 
 
+def test_an_old_nvcc_is_not_used(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert op_library().cuda() != str(tmp_path)
+    assert f"{nvcc} is not of CUDA 12.5 or later" in capsys.readouterr().out
+
+
 def op_library():
     """custom_ops/build.py as a module."""
     spec = importlib.util.spec_from_file_location("op_library", ROOT / "custom_ops" / "build.py")

@@ -29,6 +29,13 @@ Summary, Blocks, PerHead, Fixed = patterns.Summary, patterns.Blocks, patterns.Pe
 HEADS = 3
 
 
+@pytest.fixture(autouse=True, params=["", "sm80", "sm86"], ids=["best", "sm80", "sm86"])
+def kernels(request, monkeypatch):
+    """The card's best kernels, those that every card runs, and those with tiles for less shared memory."""
+    monkeypatch.setenv("STF_CUDA_KERNELS", request.param)
+    return request.param
+
+
 def blocks(n, size, seed=0, heads=None):
     count = -(-n // size)
     shape = [count, count] if heads is None else [heads, count, count]
@@ -214,6 +221,15 @@ def test_summaries(columns):
         check(Summary(5 * columns, columns, sub_block=0), 300, depths=depths)
 
 
+@pytest.mark.parametrize("n", [5, 26, 27, 28, 31])
+def test_summaries_cut_by_the_end(n):
+    """The stride exceeds n, so that a summary has fewer columns than elsewhere: an odd number too."""
+    for dtype in (torch.bfloat16, torch.float16):
+        check(Fixed(32, 8), n, dtype, (32, 32))
+        check(Summary(32, 8), n, dtype, (32, 32))
+        check(Local(3) | Summary(32, 6, sub_block=0), n, dtype, (24, 32))
+
+
 def test_without_gradient_of_the_sums():
     check(Causal(), 100, with_sum_grad=False)
 
@@ -234,14 +250,30 @@ def test_many_programs():
     check(pattern, 150, batch=1, heads=60)
 
 
-def test_nothing_to_do():
-    query = torch.zeros(2, 0, 3, 64, device="cuda", dtype=torch.bfloat16)
-    attention = torch_binding.Attention(query, query, Causal())
+@pytest.mark.parametrize("shape", [(2, 0, 3, 64), (0, 4, 3, 64), (2, 4, 0, 64)], ids=str)
+def test_nothing_to_do(shape):
+    query = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    attention = torch_binding.Attention(query, query, Causal()) if shape[2] else no_heads(query)
     run(attention, query, query, query, query, None)
+
+
+def no_heads(query):
+    """A call as stf's op makes it of no heads: without a program."""
+    attention = torch_binding.Attention(torch.zeros(2, 4, 1, 64, device="cuda", dtype=query.dtype), query, Causal())
+    attention._problem.heads = attention._problem.programs = 0
+    return attention
 
 
 def test_refusals():
     query = torch.zeros(1, 4, 1, 264, device="cuda", dtype=torch.bfloat16)
     attention = torch_binding.Attention(query, query, Causal())
     with pytest.raises(RuntimeError, match="invalid argument"):
+        run(attention, query, query, query, query, None)
+
+
+def test_kernels_that_are_none_are_refused(monkeypatch):
+    monkeypatch.setenv("STF_CUDA_KERNELS", "hopper")
+    query = torch.zeros(1, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+    attention = torch_binding.Attention(query, query, Causal())
+    with pytest.raises(RuntimeError, match="STF_CUDA_KERNELS must be sm80, sm86 or unset"):
         run(attention, query, query, query, query, None)

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "custom_ops/attention/passes.h"
+
 namespace stf {
 namespace cpu {
 namespace {
@@ -17,22 +19,14 @@ Schedule::Schedule(const stf_problem& problem) : problem_(problem) {
   for (int32_t p = 0; p < problem.programs; p++) {
     const stf_component* program = problem.components + problem.program_begin[p];
     const int32_t count = problem.program_begin[p + 1] - problem.program_begin[p];
-    std::vector<std::vector<int32_t>> parts(1);  // first, all that runs over plain positions
-    for (int32_t i = 0; i < count; i++) {
-      if (program[i].kind == STF_STRIDED) {
-        parts.push_back({i});
-      } else {
-        parts[0].push_back(i);
-      }
-    }
-    if (parts[0].empty() && parts.size() > 1) parts.erase(parts.begin());
+    const std::vector<ComponentPass> passes = PassesOf(program, count);
     std::vector<Group> groups;
-    for (size_t g = 0; g < parts.size(); g++) {
-      members_.push_back(parts[g]);
-      const std::vector<int32_t>& members = members_.back();
-      const bool strided = !members.empty() && program[members[0]].kind == STF_STRIDED;
-      groups.push_back(
-          {program, members.data(), static_cast<int>(members.size()), strided ? program[members[0]].a : 1, g == 0, g + 1 == parts.size()});
+    for (size_t g = 0; g < passes.size(); g++) {
+      std::vector<int32_t>& members = members_.emplace_back();
+      for (int32_t i = 0; i < count; i++) {
+        if (passes[g].members >> i & 1) members.push_back(i);
+      }
+      groups.push_back({program, members.data(), static_cast<int>(members.size()), passes[g].stride, g == 0, g + 1 == passes.size()});
     }
     depth = std::max(depth, groups.size());
     programs_.push_back(std::move(groups));

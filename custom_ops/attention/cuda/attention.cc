@@ -15,11 +15,13 @@ bool Aligned(const stf_problem& problem, const stf_tensor& tensor) {
          tensor.head_stride % chunk == 0;
 }
 
+bool Empty(const stf_problem& problem) { return problem.batch == 0 || problem.positions == 0 || problem.heads == 0; }
+
 bool Valid(const stf_problem& problem) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return problem.batch >= 0 && problem.batch < kMost && problem.positions >= 0 && problem.positions < kMost && problem.heads >= 0 &&
-         problem.heads < kMost && problem.key_depth > 0 && problem.value_depth > 0 && FindDepths(problem) >= 0 && problem.programs > 0 &&
-         problem.dtype >= STF_FLOAT32 && problem.dtype <= STF_FLOAT16;
+         problem.heads < kMost && problem.key_depth > 0 && problem.value_depth > 0 && FindDepths(problem) >= 0 &&
+         (problem.programs > 0 || Empty(problem)) && problem.dtype >= STF_FLOAT32 && problem.dtype <= STF_FLOAT16;
 }
 
 Arguments Common(const stf_problem& problem, std::initializer_list<const stf_tensor*> tensors) {
@@ -38,22 +40,16 @@ Arguments Common(const stf_problem& problem, std::initializer_list<const stf_ten
   return args;
 }
 
-int RunPlan(const stf_problem& problem, const Plan& plan, const Arguments& args, void* stream) {
+int RunPlan(const stf_problem& problem, const Plan& plan, const Arguments& args, const Machine& machine, void* stream) {
   for (const auto& [pass, launch] : plan) {
-    const cudaError_t error = Run(problem, pass, args, launch, static_cast<cudaStream_t>(stream));
+    const cudaError_t error = Run(problem, pass, args, launch, machine, static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 // Whether gradients are summed over several launches in a dtype that would round them in between.
-bool NeedsPartial(const stf_problem& problem, const Plan& plan) {
-  if (problem.dtype == STF_FLOAT32) return false;
-  for (const auto& [pass, launch] : plan) {
-    if ((pass != kKeyGrad && !launch.last) || (pass != kQueryGrad && !launch.key_last)) return true;
-  }
-  return false;
-}
+bool NeedsPartial(const stf_problem& problem) { return problem.dtype != STF_FLOAT32 && SumsOverLaunches(problem); }
 
 size_t DeltaBytes(size_t rows) { return (rows * sizeof(float) + 15) / 16 * 16; }
 
@@ -64,7 +60,12 @@ stf_tensor TakePartial(const stf_problem& problem, int64_t depth, float** memory
   return tensor;
 }
 
-bool Empty(const stf_problem& problem) { return problem.batch == 0 || problem.positions == 0 || problem.heads == 0; }
+// The machine for a call, with Hopper's kernels where they can do it.
+int FindMachine(const stf_problem& problem, const Arguments& args, Machine* machine) {
+  const int error = FindMachine(machine);
+  machine->sm90 = machine->sm90 && args.vector && TakesGroups(problem);
+  return error;
+}
 
 }  // namespace
 
@@ -72,7 +73,7 @@ size_t stf_attention_cuda_forward_workspace(const stf_problem*) { return 0; }
 
 size_t stf_attention_cuda_backward_workspace(const stf_problem* problem) {
   const size_t rows = problem->batch * problem->heads * problem->positions;
-  const bool partial = Valid(*problem) && !Empty(*problem) && NeedsPartial(*problem, PlanBackward(*problem, false));
+  const bool partial = Valid(*problem) && !Empty(*problem) && NeedsPartial(*problem);
   return DeltaBytes(rows) + (partial ? rows * (2 * problem->key_depth + problem->value_depth) * sizeof(float) : 0);
 }
 
@@ -86,7 +87,9 @@ int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* que
   args.value = *value;
   args.output = *output;
   args.log_sum_exp = log_sum_exp;
-  return RunPlan(*problem, PlanForward(*problem, args.vector && TakesGroups(*problem)), args, stream);
+  Machine machine;
+  if (const int error = FindMachine(*problem, args, &machine)) return error;
+  return RunPlan(*problem, PlanForward(*problem, machine), args, machine, stream);
 }
 
 int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
@@ -107,17 +110,22 @@ int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* qu
   args.key_grad = *key_grad;
   args.value_grad = *value_grad;
   args.delta = static_cast<float*>(workspace);
-  const Plan plan = PlanBackward(*problem, args.vector && TakesGroups(*problem));
   args.query_partial = *query_grad;
   args.key_partial = *key_grad;
   args.value_partial = *value_grad;
-  if (NeedsPartial(*problem, plan)) {
+  if (NeedsPartial(*problem)) {
     float* memory = args.delta + DeltaBytes(problem->batch * problem->heads * problem->positions) / sizeof(float);
     args.query_partial = TakePartial(*problem, problem->key_depth, &memory);
     args.key_partial = TakePartial(*problem, problem->key_depth, &memory);
     args.value_partial = TakePartial(*problem, problem->value_depth, &memory);
   }
-  return RunPlan(*problem, plan, args, stream);
+  Machine machine;
+  if (const int error = FindMachine(*problem, args, &machine)) return error;
+  return RunPlan(*problem, PlanBackward(*problem, machine), args, machine, stream);
 }
 
-const char* stf_attention_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* stf_attention_cuda_error(int error) {
+  if (error == STF_CUDA_OLD_DEVICE) return "stf's kernels need a GPU of compute capability 8.0 or later";
+  if (error == STF_CUDA_UNKNOWN_KERNELS) return "STF_CUDA_KERNELS must be sm80, sm86 or unset";
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}

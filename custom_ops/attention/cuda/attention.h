@@ -13,12 +13,19 @@
 extern "C" {
 #endif
 
+// What an entry point refuses itself, beside CUDA's errors.
+enum stf_cuda_refusal {
+  STF_CUDA_OLD_DEVICE = -1,       // less shared memory than any tile fits in: older than compute capability 8.0
+  STF_CUDA_UNKNOWN_KERNELS = -2,  // STF_CUDA_KERNELS in the environment asks for kernels that there are none of
+};
+
 // Bytes of device memory, aligned to 16, that a call needs as `workspace` (may be 0).
 size_t stf_attention_cuda_forward_workspace(const stf_problem* problem);
 size_t stf_attention_cuda_backward_workspace(const stf_problem* problem);
 
 // out [B, T, H, value_depth], log_sum_exp [B, H, T] float32 (natural logarithm). Every element of both is written. `stream` is a
-// cudaStream_t. Returns a cudaError_t: 0, or what refused the call.
+// cudaStream_t. Returns 0, a
+// cudaError_t or an stf_cuda_refusal.
 int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
                                const stf_tensor* output, float* log_sum_exp, void* workspace, void* stream);
 
@@ -29,7 +36,7 @@ int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* qu
                                 const float* log_sum_exp_grad, const stf_tensor* query_grad, const stf_tensor* key_grad,
                                 const stf_tensor* value_grad, void* workspace, void* stream);
 
-// CUDA's words for what an entry point returned.
+// In words, what an entry point returned.
 const char* stf_attention_cuda_error(int error);
 
 #ifdef __cplusplus

@@ -10,21 +10,19 @@ namespace stf {
 namespace cuda {
 
 // Shared memory of both passes: rows of the block's own tile, then stages of the rows that it visits.
-template <typename T, int kKeyDepth, int kValueDepth>
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kTileVisited, int kTileStages>
 struct BackwardTile {
-  static constexpr bool kLarge = sizeof(T) * (kKeyDepth + kValueDepth) >= 1024;
-  static constexpr int kWarps = sizeof(T) * (kKeyDepth + kValueDepth) > 1024 ? 2 : 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
-  static constexpr int kVisited = kLarge ? 32 : 64;
+  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps, kVisited = kTileVisited, kStages = kTileStages;
   static constexpr int kOwn = kRows * (kPitch<T, kKeyDepth> + kPitch<T, kValueDepth>);  // elements
   static constexpr int kStage = kVisited * (kPitch<T, kKeyDepth> + kPitch<T, kValueDepth>)+2 * kVisited * sizeof(float) / sizeof(T);
-  static constexpr int kStages = sizeof(T) * (kOwn + 2 * kStage) <= 160 * 1024 ? 2 : 1;
   static constexpr int kBytes = sizeof(T) * (kOwn + kStages * kStage) + kRows * sizeof(float);
+  static_assert(kBytes == Sm80Bytes(kKeyGrad, sizeof(T), {kKeyDepth, kValueDepth}, {kWarps, kVisited, kStages}), "as planned");
 };
 
-template <typename T, int kKeyDepth, int kValueDepth>
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages>
 __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void QueryGradKernel(const __grid_constant__ Arguments args,
                                                                                      const __grid_constant__ Launch launch) {
-  using Tile = BackwardTile<T, kKeyDepth, kValueDepth>;
+  using Tile = BackwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
   extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const grads = queries + Tile::kRows * kPitch<T, kKeyDepth>;
@@ -118,11 +116,11 @@ __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void QueryGradKe
 }
 
 // The launch's members number their keys alike: all by position, or one summary or strided component in its own way.
-template <typename T, int kKeyDepth, int kValueDepth, Part kPart>
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages, Part kPart>
 __global__ __launch_bounds__(128,
                              (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1)) void KeyGradKernel(const __grid_constant__ Arguments args,
                                                                                                  const __grid_constant__ Launch launch) {
-  using Tile = BackwardTile<T, kKeyDepth, kValueDepth>;
+  using Tile = BackwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
   extern __shared__ __align__(1024) char shared[];
   T* const keys = reinterpret_cast<T*>(shared);
   T* const values = keys + Tile::kRows * kPitch<T, kKeyDepth>;

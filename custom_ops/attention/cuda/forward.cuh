@@ -9,23 +9,23 @@
 namespace stf {
 namespace cuda {
 
-template <typename T, int kKeyDepth, int kValueDepth>
+// Shared memory: the block's queries, then stages of keys and values.
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kTileStages>
 struct ForwardTile {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kQueries = 16 * kWarps;
-  static constexpr int kKeys = sizeof(T) * (kKeyDepth + kValueDepth) >= 1024 ? 32 : 64;
+  static constexpr int kThreads = 32 * kWarps, kQueries = 16 * kWarps, kKeys = kVisited, kStages = kTileStages;
   static constexpr int kKeyElements = kKeys * kPitch<T, kKeyDepth>, kValueElements = kKeys * kPitch<T, kValueDepth>;
   static constexpr int kStage = kKeyElements + kValueElements;  // elements
   static constexpr int kQueryElements = kQueries * kPitch<T, kKeyDepth>;
-  static constexpr int kStages = sizeof(T) * (kQueryElements + 2 * kStage) <= 160 * 1024 ? 2 : 1;
   static constexpr int kBytes = sizeof(T) * (kQueryElements + kStages * kStage);
+  static_assert(kBytes == Sm80Bytes(kForward, sizeof(T), {kKeyDepth, kValueDepth}, {kWarps, kVisited, kStages}), "as planned");
 };
 
-template <typename T, int kKeyDepth, int kValueDepth>
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages>
 __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
                                    : kValueDepth <= 128 ? 3
                                                         : 1)) void ForwardKernel(const __grid_constant__ Arguments args,
                                                                                  const __grid_constant__ Launch launch) {
-  using Tile = ForwardTile<T, kKeyDepth, kValueDepth>;
+  using Tile = ForwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
   extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const stages = queries + Tile::kQueryElements;

@@ -16,14 +16,6 @@
 namespace stf {
 namespace cuda {
 
-template <int kKeyDepth, int kValueDepth>
-struct GroupTiles {
-  using Shape = GroupShape<kKeyDepth, kValueDepth>;
-  using Forward = StreamTile<Shape::kForwardGroups, kKeyDepth, 0, kKeyDepth, kValueDepth, false, Shape::kForwardBlocks>;
-  using QueryGrad = StreamTile<Shape::kQueryGroups, kKeyDepth, kValueDepth, kKeyDepth, kValueDepth, false, Shape::kQueryBlocks>;
-  using KeyGrad = StreamTile<Shape::kKeyGroups, kKeyDepth, kValueDepth, kKeyDepth, kValueDepth, true, Shape::kKeyBlocks>;
-};
-
 // Which of a map's two variants has a sequence of this launch.
 __device__ inline int Variant(const Maps& maps, int sequence) { return sequence < maps.longer ? 1 : 0; }
 
@@ -77,12 +69,12 @@ __device__ inline void ClearOwn(const Arguments& args, const Job& job, uint32_t 
 
 template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
 __global__ __launch_bounds__(
-    (GroupTiles<kKeyDepth, kValueDepth>::Forward::kThreads),
-    (GroupShape<kKeyDepth, kValueDepth>::kForwardBlocks)) void GroupForwardKernel(const __grid_constant__ Arguments args,
-                                                                                  const __grid_constant__ Launch launch,
-                                                                                  const __grid_constant__ Maps maps) {
+    (StreamTile<kForward, kKeyDepth, kValueDepth>::kThreads),
+    (StreamTile<kForward, kKeyDepth, kValueDepth>::kBlocks)) void GroupForwardKernel(const __grid_constant__ Arguments args,
+                                                                                     const __grid_constant__ Launch launch,
+                                                                                     const __grid_constant__ Maps maps) {
 #if STF_HAS_WGMMA
-  using Tile = typename GroupTiles<kKeyDepth, kValueDepth>::Forward;
+  using Tile = StreamTile<kForward, kKeyDepth, kValueDepth>;
   extern __shared__ __align__(kGroupAlignment) char shared[];
   const Stream<Tile> stream(shared);
   stream.Start(1);
@@ -154,12 +146,12 @@ __global__ __launch_bounds__(
 
 template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
 __global__ __launch_bounds__(
-    (GroupTiles<kKeyDepth, kValueDepth>::QueryGrad::kThreads),
-    (GroupShape<kKeyDepth, kValueDepth>::kQueryBlocks)) void GroupQueryGradKernel(const __grid_constant__ Arguments args,
-                                                                                  const __grid_constant__ Launch launch,
-                                                                                  const __grid_constant__ Maps maps) {
+    (StreamTile<kQueryGrad, kKeyDepth, kValueDepth>::kThreads),
+    (StreamTile<kQueryGrad, kKeyDepth, kValueDepth>::kBlocks)) void GroupQueryGradKernel(const __grid_constant__ Arguments args,
+                                                                                         const __grid_constant__ Launch launch,
+                                                                                         const __grid_constant__ Maps maps) {
 #if STF_HAS_WGMMA
-  using Tile = typename GroupTiles<kKeyDepth, kValueDepth>::QueryGrad;
+  using Tile = StreamTile<kQueryGrad, kKeyDepth, kValueDepth>;
   extern __shared__ __align__(kGroupAlignment) char shared[];
   const Stream<Tile> stream(shared);
   stream.Start(1);
@@ -240,12 +232,12 @@ __global__ __launch_bounds__(
 
 template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
 __global__ __launch_bounds__(
-    (GroupTiles<kKeyDepth, kValueDepth>::KeyGrad::kThreads),
-    (GroupShape<kKeyDepth, kValueDepth>::kKeyBlocks)) void GroupKeyGradKernel(const __grid_constant__ Arguments args,
-                                                                              const __grid_constant__ Launch launch,
-                                                                              const __grid_constant__ Maps maps) {
+    (StreamTile<kKeyGrad, kKeyDepth, kValueDepth>::kThreads),
+    (StreamTile<kKeyGrad, kKeyDepth, kValueDepth>::kBlocks)) void GroupKeyGradKernel(const __grid_constant__ Arguments args,
+                                                                                     const __grid_constant__ Launch launch,
+                                                                                     const __grid_constant__ Maps maps) {
 #if STF_HAS_WGMMA
-  using Tile = typename GroupTiles<kKeyDepth, kValueDepth>::KeyGrad;
+  using Tile = StreamTile<kKeyGrad, kKeyDepth, kValueDepth>;
   extern __shared__ __align__(kGroupAlignment) char shared[];
   const Stream<Tile> stream(shared);
   stream.Start(1 + 32);

@@ -8,8 +8,6 @@
 namespace stf {
 namespace cuda {
 
-constexpr int kGroupColumns = 64;  // of a segment: what a tile visits at once
-
 // A piece of one component's walk, as Segment, the component where it lies.
 struct GroupSegment {
   const Component* component;

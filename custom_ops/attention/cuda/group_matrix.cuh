@@ -29,8 +29,6 @@ struct GroupTile {
   }
 };
 
-constexpr int kGroupAlignment = 1024;  // of tiles
-
 __device__ inline uint32_t SharedAddress(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
 // A matrix in shared memory, `offset` bytes behind an address: bytes between panels (where it is read by rows), and between eights of

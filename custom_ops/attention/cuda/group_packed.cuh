@@ -14,8 +14,11 @@ constexpr int kGroupThreads = 128;
 template <int kKeyDepth, int kValueDepth, int kRows>
 struct GroupPackedTile {
   static constexpr int kKeyBytes = GroupTile<kKeyDepth, kRows>::kBytes, kValueBytes = GroupTile<kValueDepth, kRows>::kBytes;
-  static constexpr int kForwardBytes = 2 * kKeyBytes + kValueBytes;
-  static constexpr int kStatistics = 2 * (kKeyBytes + kValueBytes), kBackwardBytes = kStatistics + 2 * kRows * sizeof(float);
+  static constexpr int kForwardBytes = Sm90PackedBytes(kPackedForward, {kKeyDepth, kValueDepth}, kRows);
+  static constexpr int kStatistics = 2 * (kKeyBytes + kValueBytes);
+  static constexpr int kBackwardBytes = Sm90PackedBytes(kPackedBackward, {kKeyDepth, kValueDepth}, kRows);
+  static_assert(kForwardBytes == 2 * kKeyBytes + kValueBytes, "as planned");
+  static_assert(kBackwardBytes == kStatistics + 2 * kRows * sizeof(float), "as planned");
 };
 
 // The sequences of a tile: each takes launch.packed_rows rows, those from `rows` on are nobody's.

@@ -131,26 +131,21 @@ struct __align__(16) Job {
   }
 };
 
-// Shared memory of a block: its own rows (of two tensors, or of one), stages of two streamed ones, statistics of the streamed rows, notes
-// and barriers.
-template <int kGroups, int kOwnKeyDepth, int kOwnValueDepth, int kKeyDepth, int kValueDepth, bool kStatisticsToo, int kBlocks>
+// Shared memory of a block and registers of its threads: an Sm90Tile.
+template <Pass kPass, int kKeyDepth, int kValueDepth>
 struct StreamTile {
-  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128, kRows = 64 * kGroups;
+  static constexpr Sm90Tile kTile = FindSm90Tile(kPass, {kKeyDepth, kValueDepth});
+  static constexpr int kGroups = kTile.groups, kBlocks = kTile.blocks;
+  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128, kRows = kTile.rows();
   // Registers of a thread: at the start, of the filling warp, of the others. A multiprocessor has 512 for each thread of a warpgroup.
   static constexpr int kStartRegisters = 512 / (kBlocks * (kGroups + 1)) / 8 * 8, kFillRegisters = 32;
   static constexpr int kLeft = (kStartRegisters * (kGroups + 1) - kFillRegisters) / kGroups / 8 * 8, kRegisters = kLeft < 240 ? kLeft : 240;
-  static constexpr int kOwnKeyBytes = kRows * kOwnKeyDepth * 2, kOwnBytes = kOwnKeyBytes + kRows * kOwnValueDepth * 2;
-  static constexpr int kStageKeyBytes = kGroupColumns * kKeyDepth * 2, kStageBytes = kStageKeyBytes + kGroupColumns * kValueDepth * 2;
-  static constexpr int kStatisticsBytes = kStatisticsToo ? 2 * kGroupColumns * 4 : 0;
-  static constexpr int kBudget = 227 * 1024 / kBlocks - 1024 - 256;
-  static constexpr int kMore = kStageBytes + kStatisticsBytes;
-  static constexpr int kOwnStages = kBudget >= 2 * kOwnBytes + 2 * kMore ? 2 : 1;
-  static constexpr int kFit = (kBudget - kOwnStages * kOwnBytes) / kMore, kStages = kFit < 4 ? kFit : 4;
-  static_assert(kStages >= 2, "the next stage is filled while one is used");
-  static constexpr int kRing = kOwnStages * kOwnBytes, kStatistics = kRing + kStages * kStageBytes;
-  static constexpr int kNotes = kStatistics + kStages * kStatisticsBytes, kJobs = kNotes + kStages * sizeof(Note);
-  static constexpr int kBarriers = kJobs + kOwnStages * sizeof(Job);
-  static constexpr int kBytes = kBarriers + 8 * (2 * kOwnStages + 2 * kStages);
+  static constexpr int kOwnKeyBytes = kTile.own_key_bytes, kOwnBytes = kTile.own_bytes;
+  static constexpr int kStageKeyBytes = kTile.stage_key_bytes, kStageBytes = kTile.stage_bytes;
+  static constexpr int kOwnStages = kTile.own_stages, kStages = kTile.stages;
+  static constexpr int kRing = kTile.ring(), kStatistics = kTile.statistics(), kNotes = kTile.notes(), kJobs = kTile.jobs();
+  static constexpr int kBarriers = kTile.barriers(), kBytes = kTile.bytes();
+  static_assert(sizeof(Note) == kNoteBytes && sizeof(Job) == kJobBytes, "as planned");
 };
 
 // The addresses of all that.

@@ -12,7 +12,8 @@ using Element = __nv_bfloat16;
 using Element = __half;
 #endif
 
-template cudaError_t Run<Element, STF_DEPTHS>(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream);
+template cudaError_t Run<Element, STF_DEPTHS>(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine,
+                                              cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace stf

@@ -12,12 +12,14 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "custom_ops/attention/cuda/tiles.h"
+
 namespace stf {
 namespace cuda {
 
-// Elements between rows in shared memory: 16 bytes more than the row, so that 8 rows' equal columns lie in different banks.
+// RowPitch in elements.
 template <typename T, int kDepth>
-constexpr int kPitch = kDepth + 16 / sizeof(T);
+constexpr int kPitch = RowPitch(sizeof(T), kDepth) / sizeof(T);
 
 __device__ inline uint32_t Pack(float x, float y, __nv_bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);

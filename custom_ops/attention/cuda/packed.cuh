@@ -13,8 +13,10 @@ template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
 struct PackedTile {
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
   static constexpr int kKeyElements = kRows * kPitch<T, kKeyDepth>, kValueElements = kRows * kPitch<T, kValueDepth>;
-  static constexpr int kForwardBytes = sizeof(T) * (2 * kKeyElements + kValueElements);
-  static constexpr int kBackwardBytes = sizeof(T) * 2 * (kKeyElements + kValueElements) + 2 * kRows * sizeof(float);
+  static constexpr int kForwardBytes = Sm80PackedBytes(kPackedForward, sizeof(T), {kKeyDepth, kValueDepth}, kRows);
+  static constexpr int kBackwardBytes = Sm80PackedBytes(kPackedBackward, sizeof(T), {kKeyDepth, kValueDepth}, kRows);
+  static_assert(kForwardBytes == sizeof(T) * (2 * kKeyElements + kValueElements), "as planned");
+  static_assert(kBackwardBytes == 2 * sizeof(T) * (kKeyElements + kValueElements) + 2 * kRows * sizeof(float), "as planned");
 };
 
 // A warp's place: 16 rows, from `row` on, of one sequence.

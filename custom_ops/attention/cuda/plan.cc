@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <deque>
 
+#include "custom_ops/attention/passes.h"
+
 namespace stf {
 namespace cuda {
 namespace {
@@ -28,7 +30,7 @@ constexpr int kBrief = 2048;  // columns that a row visits at the most where a b
 
 class Planner {
  public:
-  Planner(const stf_problem& problem, bool groups) : problem_(problem), depths_(FindDepths(problem)), groups_(groups) {}
+  Planner(const stf_problem& problem, const Machine& machine) : problem_(problem), depths_(FindDepths(problem)), machine_(machine) {}
 
   Plan Make(bool backward) const {
     std::vector<std::deque<Step>> steps;
@@ -57,44 +59,37 @@ class Planner {
 
   // Makes a step over sequences of `length` positions a packed one, where they are short enough.
   void Pack(const stf_component& component, int64_t length, bool backward, Step* step) const {
-    step->groups = groups_ && component.exclude == 0 && length <= kMostGroupRows;
-    step->packed_rows = step->groups ? static_cast<int>(length) : PackedRowsOf(length, problem_.dtype, depths_);
+    step->groups = machine_.sm90 && component.exclude == 0 && length <= kMostGroupRows;
+    step->packed_rows =
+        step->groups ? static_cast<int>(length) : Sm80PackedRows(ElementBytes(problem_.dtype), kDepths[depths_], length, machine_.memory);
     if (step->packed_rows) step->pass = backward ? kPackedBackward : kPackedForward;
   }
 
   std::deque<Step> StepsOf(int32_t program, bool backward) const {
     const stf_component* components = Components(program);
     const int64_t positions = problem_.positions;
-    uint64_t plain = 0;
-    std::vector<int> strided;
-    for (int t = 0; t < Count(program); t++) {
-      if (components[t].kind == STF_STRIDED) {
-        strided.push_back(t);
-      } else {
-        plain |= uint64_t{1} << t;
-      }
-    }
     std::deque<Step> steps;
-    if (plain != 0 || strided.empty()) {
-      const bool block = Count(program) > 0 && plain == 1 && components[0].kind == STF_OWN_BLOCK;  // and nothing else but strided ones
-      const int64_t size = block ? std::min(components[0].a, positions) : positions;
-      Step step = {kForward, plain, (positions + size - 1) / size, size, 1};
-      if (block) Pack(components[0], size, backward, &step);
-      if (step.packed_rows) {
-        steps.push_back(step);
-      } else {
-        AddPlain(program, plain, backward, &steps);
+    for (const ComponentPass& pass : PassesOf(components, Count(program))) {
+      if (!pass.strided) {
+        const bool block = pass.members == 1 && components[0].kind == STF_OWN_BLOCK;  // and nothing else but strided ones
+        const int64_t size = block ? std::min(components[0].a, positions) : positions;
+        Step step = {kForward, pass.members, (positions + size - 1) / size, size, 1};
+        if (block) Pack(components[0], size, backward, &step);
+        if (step.packed_rows) {
+          steps.push_back(step);
+        } else {
+          AddPlain(program, pass.members, backward, &steps);
+        }
+        continue;
       }
-    }
-    for (const int t : strided) {
-      const int64_t stride = std::min(components[t].a, positions), length = (positions + stride - 1) / stride;
-      Step step = {kForward, uint64_t{1} << t, stride, 1, stride};
-      Pack(components[t], length, backward, &step);
+      const int64_t stride = std::min(pass.stride, positions), length = (positions + stride - 1) / stride;
+      Step step = {kForward, pass.members, stride, 1, stride};
+      Pack(components[__builtin_ctzll(pass.members)], length, backward, &step);
       if (step.packed_rows) {
         steps.push_back(step);
         continue;
       }
-      step.groups = groups_;
+      step.groups = machine_.sm90;
       if (backward) {
         step.pass = kQueryGrad;
         steps.push_back(step);
@@ -109,7 +104,7 @@ class Planner {
 
   // All components over plain positions. Summaries number their keys in their own way, each.
   void AddPlain(int32_t program, uint64_t plain, bool backward, std::deque<Step>* steps) const {
-    Step step = {kForward, plain, 1, 0, 1, 0, groups_};
+    Step step = {kForward, plain, 1, 0, 1, 0, machine_.sm90};
     if (!backward) {
       steps->push_back(step);
       return;
@@ -221,7 +216,7 @@ class Planner {
       launch->tiles = static_cast<int32_t>((step.sequences + packs - 1) / packs);
       return;
     }
-    const int rows = TileRows(step.pass, problem_.dtype, depths_, groups_);
+    const int rows = TileRows(step.pass, problem_.dtype, depths_, machine_);
     launch->tiles = static_cast<int32_t>((longest + rows - 1) / rows);
     launch->units = int64_t{launch->tiles} * launch->sequences * launch->head_slots * problem_.batch;
     launch->brief = true;
@@ -244,13 +239,24 @@ class Planner {
 
   const stf_problem& problem_;
   const int depths_;
-  const bool groups_;
+  const Machine machine_;
 };
 
 }  // namespace
 
-Plan PlanForward(const stf_problem& problem, bool groups) { return Planner(problem, groups).Make(false); }
-Plan PlanBackward(const stf_problem& problem, bool groups) { return Planner(problem, groups).Make(true); }
+bool SumsOverLaunches(const stf_problem& problem) {
+  for (int32_t p = 0; p < problem.programs; p++) {
+    const stf_component* components = problem.components + problem.program_begin[p];
+    const int count = problem.program_begin[p + 1] - problem.program_begin[p];
+    if (PassesOf(components, count).size() > 1) return true;
+    const auto summary = [](const stf_component& c) { return c.kind == STF_SUMMARY; };
+    if (std::any_of(components, components + count, summary)) return true;  // its keys have a launch of their own
+  }
+  return false;
+}
+
+Plan PlanForward(const stf_problem& problem, const Machine& machine) { return Planner(problem, machine).Make(false); }
+Plan PlanBackward(const stf_problem& problem, const Machine& machine) { return Planner(problem, machine).Make(true); }
 
 }  // namespace cuda
 }  // namespace stf

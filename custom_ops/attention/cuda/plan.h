@@ -12,9 +12,12 @@ namespace cuda {
 
 using Plan = std::vector<std::pair<Pass, Launch>>;
 
-// `groups`: whether warpgroups do what they can.
-Plan PlanForward(const stf_problem& problem, bool groups);
-Plan PlanBackward(const stf_problem& problem, bool groups);
+// Whether some head's gradients are summed over several launches, of whichever machine.
+bool SumsOverLaunches(const stf_problem& problem);
+
+// For kernels of a machine: machine.sm90 says whether Hopper's do what they can.
+Plan PlanForward(const stf_problem& problem, const Machine& machine);
+Plan PlanBackward(const stf_problem& problem, const Machine& machine);
 
 }  // namespace cuda
 }  // namespace stf

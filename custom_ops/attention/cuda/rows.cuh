@@ -41,19 +41,23 @@ __device__ inline void WaitForCopies() {
 // tile[row] = the row at position place(row) of a tensor; zeros where that is negative, and beyond `depth`.
 template <typename T, int kDepth, int kRows, int kThreads, typename Place>
 __device__ void LoadRows(T* tile, const T* base, int64_t stride, int depth, bool vector, Place place) {
-  constexpr int kChunk = 16 / sizeof(T), kChunks = kDepth / kChunk, kStep = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "every thread copies the same column of as many rows");
-  const int column = threadIdx.x % kChunks * kChunk;
-  tile += threadIdx.x / kChunks * kPitch<T, kDepth> + column;
-  base += column < depth ? column : 0;
+  constexpr int kChunk = 16 / sizeof(T), kChunks = kDepth / kChunk, kParts = kChunks > kThreads ? kChunks / kThreads : 1;
+  constexpr int kStep = kThreads * kParts / kChunks;
+  static_assert(kThreads * kParts % kChunks == 0 && kRows % kStep == 0, "every thread copies the same columns of as many rows");
 #pragma unroll
-  for (int i = 0; i < kRows; i += kStep, tile += kStep * kPitch<T, kDepth>) {
-    const int position = column < depth ? place(threadIdx.x / kChunks + i) : -1;
-    const T* from = base + max(position, 0) * stride;
-    if (vector) {
-      CopyAsync<16>(tile, from, position >= 0);
-    } else {
-      for (int e = 0; e < kChunk; e++) tile[e] = position >= 0 && column + e < depth ? from[e] : T(0.0f);
+  for (int part = 0; part < kParts; part++) {
+    const int column = (threadIdx.x % kChunks + part * kThreads) * kChunk;
+    T* to = tile + threadIdx.x / kChunks * kPitch<T, kDepth> + column;
+    const T* const columns = base + (column < depth ? column : 0);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kStep, to += kStep * kPitch<T, kDepth>) {
+      const int position = column < depth ? place(threadIdx.x / kChunks + i) : -1;
+      const T* from = columns + max(position, 0) * stride;
+      if (vector) {
+        CopyAsync<16>(to, from, position >= 0);
+      } else {
+        for (int e = 0; e < kChunk; e++) to[e] = position >= 0 && column + e < depth ? from[e] : T(0.0f);
+      }
     }
   }
 }

@@ -29,7 +29,7 @@ cudaError_t Start(Kernel kernel, int threads, int bytes, int64_t units, const Ar
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
 cudaError_t RunPacked(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
-  if constexpr (Tile::kBackwardBytes <= 227 * 1024) {
+  if constexpr (Tile::kBackwardBytes <= kSharedMemory[2]) {
     if (pass == kPackedForward) {
       return Start(PackedForwardKernel<T, kKeyDepth, kValueDepth, kWarps>, Tile::kThreads, Tile::kForwardBytes, launch.tiles, args, launch,
                    stream);
@@ -40,37 +40,34 @@ cudaError_t RunPacked(Pass pass, const Arguments& args, const Launch& launch, cu
   return cudaErrorInvalidConfiguration;
 }
 
-// The same of a kernel of group_kernels.cuh, whose blocks, where each has little to do, take several units.
+// The same of a kernel of group_kernels.cuh, whose blocks, where each has little to do, take several units: so many as are resident.
 template <typename Kernel>
-cudaError_t StartGroups(Kernel kernel, int threads, int bytes, int blocks, Pass pass, int key_depth, int value_depth, const Arguments& args,
-                        const Launch& launch, cudaStream_t stream) {
+cudaError_t StartGroups(Kernel kernel, int threads, int bytes, int64_t resident, Pass pass, int key_depth, int value_depth,
+                        const Arguments& args, const Launch& launch, cudaStream_t stream) {
   Maps maps;
   cudaError_t error = MakeMaps(pass, key_depth, value_depth, args, launch, &maps);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int64_t most = launch.brief ? blocks * Multiprocessors() : INT32_MAX;
+  const int64_t most = launch.brief ? resident : INT32_MAX;
   kernel<<<static_cast<unsigned>(launch.units < most ? launch.units : most), threads, bytes, stream>>>(args, launch, maps);
   return cudaGetLastError();
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
-cudaError_t RunGroups(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
-  using Shape = GroupShape<kKeyDepth, kValueDepth>;
-  using Tiles = GroupTiles<kKeyDepth, kValueDepth>;
+cudaError_t RunGroups(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
   if (launch.units == 0) return cudaSuccess;
   if (launch.units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
-  auto start = [&](auto kernel, auto tile, int blocks) {
+  auto start = [&](auto kernel, auto tile) {
     using Tile = decltype(tile);
-    return StartGroups(kernel, Tile::kThreads, Tile::kBytes, blocks, pass, kKeyDepth, kValueDepth, args, launch, stream);
+    const int64_t resident = int64_t{Tile::kBlocks} * machine.multiprocessors;
+    return StartGroups(kernel, Tile::kThreads, Tile::kBytes, resident, pass, kKeyDepth, kValueDepth, args, launch, stream);
   };
-  if (pass == kForward) {
-    return start(GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra>, typename Tiles::Forward(), Shape::kForwardBlocks);
-  }
+  if (pass == kForward) return start(GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra>, StreamTile<kForward, kKeyDepth, kValueDepth>());
   if (pass == kQueryGrad) {
-    return start(GroupQueryGradKernel<T, kKeyDepth, kValueDepth, kExtra>, typename Tiles::QueryGrad(), Shape::kQueryBlocks);
+    return start(GroupQueryGradKernel<T, kKeyDepth, kValueDepth, kExtra>, StreamTile<kQueryGrad, kKeyDepth, kValueDepth>());
   }
-  return start(GroupKeyGradKernel<T, kKeyDepth, kValueDepth, kExtra>, typename Tiles::KeyGrad(), Shape::kKeyBlocks);
+  return start(GroupKeyGradKernel<T, kKeyDepth, kValueDepth, kExtra>, StreamTile<kKeyGrad, kKeyDepth, kValueDepth>());
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, int kRows>
@@ -84,45 +81,52 @@ cudaError_t RunGroupPacked(Pass pass, const Arguments& args, const Launch& launc
                stream);
 }
 
-template <typename T, int kIndex>
-cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
-  constexpr int kKeyDepth = kDepths[kIndex].key, kValueDepth = kDepths[kIndex].value;
+// A pass over tiles by the kernels of every card, with the tiles for so much shared memory.
+template <typename T, int kKeyDepth, int kValueDepth, int kMemory>
+cudaError_t RunTiles(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
+  constexpr Depths kDepthsOf = {kKeyDepth, kValueDepth};
+  constexpr Sm80Tile kForwardTile = FindSm80Tile(kForward, sizeof(T), kDepthsOf, kMemory);
+  constexpr Sm80Tile kBackwardTile = FindSm80Tile(kKeyGrad, sizeof(T), kDepthsOf, kMemory);
+  constexpr int kWarps = kBackwardTile.warps, kVisited = kBackwardTile.visited, kStages = kBackwardTile.stages;
+  constexpr int kBackwardBytes = Sm80Bytes(kKeyGrad, sizeof(T), kDepthsOf, kBackwardTile);
   const int64_t units = static_cast<int64_t>(launch.tiles) * launch.sequences;
-  using Backward = BackwardTile<T, kKeyDepth, kValueDepth>;
-  if constexpr (sizeof(T) == 2 && kValueDepth <= 128) {
+  auto backward = [&](auto kernel) { return Start(kernel, kBackwardTile.threads(), kBackwardBytes, units, args, launch, stream); };
+  if (pass == kForward) {
+    return Start(ForwardKernel<T, kKeyDepth, kValueDepth, kForwardTile.warps, kForwardTile.visited, kForwardTile.stages>,
+                 kForwardTile.threads(), Sm80Bytes(kForward, sizeof(T), kDepthsOf, kForwardTile), units, args, launch, stream);
+  }
+  if (pass == kQueryGrad) return backward(QueryGradKernel<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>);
+  if constexpr (kKeyDepth + kValueDepth > 256) {
+    const cudaError_t error = backward(KeyGradKernel<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages, kKeyPart>);
+    return error != cudaSuccess ? error : backward(KeyGradKernel<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages, kValuePart>);
+  } else {
+    return backward(KeyGradKernel<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages, kBoth>);
+  }
+}
+
+template <typename T, int kIndex>
+cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
+  constexpr int kKeyDepth = kDepths[kIndex].key, kValueDepth = kDepths[kIndex].value;
+  if constexpr (HasSm90Kernels(sizeof(T), kDepths[kIndex])) {
     if (launch.groups && pass <= kKeyGrad) {
-      return launch.extra ? RunGroups<T, kKeyDepth, kValueDepth, true>(pass, args, launch, stream)
-                          : RunGroups<T, kKeyDepth, kValueDepth, false>(pass, args, launch, stream);
+      return launch.extra ? RunGroups<T, kKeyDepth, kValueDepth, true>(pass, args, launch, machine, stream)
+                          : RunGroups<T, kKeyDepth, kValueDepth, false>(pass, args, launch, machine, stream);
     }
     if (launch.groups) {
       return launch.packed_rows <= 64 ? RunGroupPacked<T, kKeyDepth, kValueDepth, 64>(pass, args, launch, stream)
                                       : RunGroupPacked<T, kKeyDepth, kValueDepth, 128>(pass, args, launch, stream);
     }
   }
-  switch (pass) {
-    case kForward: {
-      using Tile = ForwardTile<T, kKeyDepth, kValueDepth>;
-      return Start(ForwardKernel<T, kKeyDepth, kValueDepth>, Tile::kThreads, Tile::kBytes, units, args, launch, stream);
-    }
-    case kQueryGrad:
-      return Start(QueryGradKernel<T, kKeyDepth, kValueDepth>, Backward::kThreads, Backward::kBytes, units, args, launch, stream);
-    case kKeyGrad:
-      if constexpr (kKeyDepth + kValueDepth > 256) {
-        const cudaError_t error =
-            Start(KeyGradKernel<T, kKeyDepth, kValueDepth, kKeyPart>, Backward::kThreads, Backward::kBytes, units, args, launch, stream);
-        if (error != cudaSuccess) return error;
-        return Start(KeyGradKernel<T, kKeyDepth, kValueDepth, kValuePart>, Backward::kThreads, Backward::kBytes, units, args, launch,
-                     stream);
-      } else {
-        return Start(KeyGradKernel<T, kKeyDepth, kValueDepth, kBoth>, Backward::kThreads, Backward::kBytes, units, args, launch, stream);
-      }
-    default:
-      if constexpr (kKeyDepth + kValueDepth <= 256) {
-        if (launch.packed_rows <= 64) return RunPacked<T, kKeyDepth, kValueDepth, 4>(pass, args, launch, stream);
-        return RunPacked<T, kKeyDepth, kValueDepth, 8>(pass, args, launch, stream);
-      }
-      return cudaErrorInvalidConfiguration;
+  if (pass <= kKeyGrad) {
+    return Sm80Memory(machine.memory) == kSharedMemory[0]
+               ? RunTiles<T, kKeyDepth, kValueDepth, kSharedMemory[0]>(pass, args, launch, stream)
+               : RunTiles<T, kKeyDepth, kValueDepth, kSharedMemory[1]>(pass, args, launch, stream);
   }
+  if constexpr (kKeyDepth + kValueDepth <= 256) {
+    if (launch.packed_rows <= 64) return RunPacked<T, kKeyDepth, kValueDepth, 4>(pass, args, launch, stream);
+    return RunPacked<T, kKeyDepth, kValueDepth, 8>(pass, args, launch, stream);
+  }
+  return cudaErrorInvalidConfiguration;
 }
 
 }  // namespace cuda

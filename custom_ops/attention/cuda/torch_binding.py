@@ -64,7 +64,7 @@ def build(folder=ROOT / "build" / "cuda", flags=()):
     folder.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major == 9 else "")
-    newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.*"), SOURCES.parent / "problem.h"])
+    newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.*"), *SOURCES.parent.glob("*.h")])
 
     def compile_one(job):
         source, name, defines = job

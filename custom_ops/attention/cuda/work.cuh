@@ -53,11 +53,6 @@ __device__ inline int64_t StatisticsBase(const Arguments& args, int batch, int h
   return (static_cast<int64_t>(batch) * args.heads + head) * args.positions;
 }
 
-// Blocks at the most that a multiprocessor is asked to hold, from the shared memory that one takes.
-constexpr int FitBlocks(int bytes, int most) {
-  return 220 * 1024 / bytes < most ? (220 * 1024 / bytes < 1 ? 1 : 220 * 1024 / bytes) : most;
-}
-
 }  // namespace cuda
 }  // namespace stf
 
