@@ -23,8 +23,9 @@ struct Component {
 
 struct Arguments {
   stf_tensor query, key, value, output;
-  float* log_sum_exp;      // [B, H, T]
-  stf_tensor output_grad;  // from here on: backward
+  stf_tensor output_partial;  // float: the output between launches; null: `output` holds it, rounded
+  float* log_sum_exp;         // [B, H, T]
+  stf_tensor output_grad;     // from here on: backward
   const float* log_sum_exp_grad;
   stf_tensor query_grad, key_grad, value_grad;
   stf_tensor query_partial, key_partial, value_partial;  // float: gradients between launches

@@ -48,8 +48,11 @@ int RunPlan(const stf_problem& problem, const Plan& plan, const Arguments& args,
   return cudaSuccess;
 }
 
-// Whether gradients are summed over several launches in a dtype that would round them in between.
-bool NeedsPartial(const stf_problem& problem) { return problem.dtype != STF_FLOAT32 && SumsOverLaunches(problem); }
+// Whether results are kept in float32 between launches: gradients always, an output where one rounding would become several. A call's
+// second launch reads a rounded output with half of the bytes, which is worth more than what that rounding costs (benchmarks/NOTES.md).
+bool NeedsPartial(const stf_problem& problem, bool backward) {
+  return problem.dtype != STF_FLOAT32 && LaunchesOf(problem, backward) > (backward ? 1 : 2);
+}
 
 size_t DeltaBytes(size_t rows) { return (rows * sizeof(float) + 15) / 16 * 16; }
 
@@ -69,16 +72,19 @@ int FindMachine(const stf_problem& problem, const Arguments& args, Machine* mach
 
 }  // namespace
 
-size_t stf_attention_cuda_forward_workspace(const stf_problem*) { return 0; }
+size_t stf_attention_cuda_forward_workspace(const stf_problem* problem) {
+  if (!Valid(*problem) || Empty(*problem) || !NeedsPartial(*problem, false)) return 0;
+  return problem->batch * problem->heads * problem->positions * problem->value_depth * sizeof(float);
+}
 
 size_t stf_attention_cuda_backward_workspace(const stf_problem* problem) {
   const size_t rows = problem->batch * problem->heads * problem->positions;
-  const bool partial = Valid(*problem) && !Empty(*problem) && NeedsPartial(*problem);
+  const bool partial = Valid(*problem) && !Empty(*problem) && NeedsPartial(*problem, true);
   return DeltaBytes(rows) + (partial ? rows * (2 * problem->key_depth + problem->value_depth) * sizeof(float) : 0);
 }
 
 int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
-                               const stf_tensor* output, float* log_sum_exp, void*, void* stream) {
+                               const stf_tensor* output, float* log_sum_exp, void* workspace, void* stream) {
   if (!Valid(*problem)) return cudaErrorInvalidValue;
   if (Empty(*problem)) return cudaSuccess;
   Arguments args = Common(*problem, {query, key, value, output});
@@ -87,6 +93,10 @@ int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* que
   args.value = *value;
   args.output = *output;
   args.log_sum_exp = log_sum_exp;
+  if (NeedsPartial(*problem, false)) {
+    float* memory = static_cast<float*>(workspace);
+    args.output_partial = TakePartial(*problem, problem->value_depth, &memory);
+  }
   Machine machine;
   if (const int error = FindMachine(*problem, args, &machine)) return error;
   return RunPlan(*problem, PlanForward(*problem, machine), args, machine, stream);
@@ -113,7 +123,7 @@ int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* qu
   args.query_partial = *query_grad;
   args.key_partial = *key_grad;
   args.value_partial = *value_grad;
-  if (NeedsPartial(*problem)) {
+  if (NeedsPartial(*problem, true)) {
     float* memory = args.delta + DeltaBytes(problem->batch * problem->heads * problem->positions) / sizeof(float);
     args.query_partial = TakePartial(*problem, problem->key_depth, &memory);
     args.key_partial = TakePartial(*problem, problem->key_depth, &memory);

@@ -23,6 +23,9 @@ enum stf_cuda_refusal {
 size_t stf_attention_cuda_forward_workspace(const stf_problem* problem);
 size_t stf_attention_cuda_backward_workspace(const stf_problem* problem);
 
+// Sums are float32 from end to end, with one exception: an output in halves that takes two launches is rounded between them (of three or
+// more the workspace holds it).
+//
 // out [B, T, H, value_depth], log_sum_exp [B, H, T] float32 (natural logarithm). Every element of both is written. `stream` is a
 // cudaStream_t. Returns 0, a
 // cudaError_t or an stf_cuda_refusal.

@@ -3,6 +3,7 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
 
+#include "custom_ops/attention/cuda/epilogue.cuh"
 #include "custom_ops/attention/cuda/tile.cuh"
 #include "custom_ops/attention/cuda/work.cuh"
 

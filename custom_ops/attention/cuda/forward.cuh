@@ -3,6 +3,7 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
 
+#include "custom_ops/attention/cuda/epilogue.cuh"
 #include "custom_ops/attention/cuda/tile.cuh"
 #include "custom_ops/attention/cuda/work.cuh"
 
@@ -20,7 +21,7 @@ struct ForwardTile {
   static_assert(kBytes == Sm80Bytes(kForward, sizeof(T), {kKeyDepth, kValueDepth}, {kWarps, kVisited, kStages}), "as planned");
 };
 
-template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages>
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages, bool kPartial>
 __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
                                    : kValueDepth <= 128 ? 3
                                                         : 1)) void ForwardKernel(const __grid_constant__ Arguments args,
@@ -54,21 +55,12 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
   };
 
   const int warp_row = threadIdx.x / 32 * 16, lane_row = warp_row + threadIdx.x % 32 / 4;
-  T* outputs[2];
-  float* sums[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int row = first + lane_row + 8 * r, position = view.Position(row);
-    outputs[r] = row < existing ? Base<T>(args.output, work.batch, work.head) + position * args.output.position_stride : nullptr;
-    sums[r] = row < existing ? args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + position : nullptr;
-  }
+  auto position = [&](int row) { return row < existing ? view.Position(row) : -1; };
+  auto find_rows = [&]() {  // anew where they are needed: registers are few between
+    return OutputRows<T, kValueDepth, kPartial>(args, work.batch, work.head, {position(first + lane_row), position(first + lane_row + 8)});
+  };
   Softmax<T, kKeyDepth, kValueDepth> softmax;
-  if (launch.first) {
-    softmax.Start();
-  } else {
-    const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
-    softmax.Continue(outputs, log_sum_exp, args.value_depth, args.vector);
-  }
+  find_rows().Begin(&softmax, args, launch, args.vector);
 
   Walk<false, Tile::kKeys> walk(args, head, view, first, end - 1);
   Segment segment, next;
@@ -95,12 +87,7 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
     more = another;
   }
   WaitForCopies<0>();
-  softmax.Finish();
-  Sums<T, kValueDepth>::Store(softmax.sum, outputs, args.value_depth, args.vector);
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    if (sums[r] && threadIdx.x % 4 == 0) *sums[r] = softmax.most[r];
-  }
+  find_rows().Store(&softmax, args, launch, args.vector);
 }
 
 }  // namespace cuda

@@ -3,6 +3,7 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_KERNELS_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_KERNELS_CUH_
 
+#include "custom_ops/attention/cuda/epilogue.cuh"
 #include "custom_ops/attention/cuda/group_stream.cuh"
 #include "custom_ops/attention/cuda/group_tile.cuh"
 #include "custom_ops/attention/cuda/kernels.h"
@@ -67,7 +68,7 @@ __device__ inline void ClearOwn(const Arguments& args, const Job& job, uint32_t 
   JoinGroup();
 }
 
-template <typename T, int kKeyDepth, int kValueDepth, bool kExtra>
+template <typename T, int kKeyDepth, int kValueDepth, bool kExtra, bool kPartial>
 __global__ __launch_bounds__(
     (StreamTile<kForward, kKeyDepth, kValueDepth>::kThreads),
     (StreamTile<kForward, kKeyDepth, kValueDepth>::kBlocks)) void GroupForwardKernel(const __grid_constant__ Arguments args,
@@ -96,25 +97,14 @@ __global__ __launch_bounds__(
     const Head head = job.HeadOf(launch);
     const Context context = {args, head, view};
     const int group_begin = job.first + group_row;
-    T* outputs[2];
-    float* sums[2];
-    auto find_rows = [&]() {
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = job.first + lane_row + 8 * r, position = view.Position(row);
-        outputs[r] = row < job.existing ? RowOf<T>(args.output, job.batch, job.head, position) : nullptr;
-        sums[r] = row < job.existing ? args.log_sum_exp + StatisticsBase(args, job.batch, job.head) + position : nullptr;
-      }
+    auto position = [&](int row) { return row < job.existing ? view.Position(row) : -1; };
+    auto find_rows = [&]() {  // anew where they are needed: registers are few between
+      const int row = job.first + lane_row;
+      return OutputRows<T, kValueDepth, kPartial>(args, job.batch, job.head, {position(row), position(row + 8)});
     };
     Softmax<T, kKeyDepth, kValueDepth> softmax;
     bool settled = false;
-    if (launch.first) {
-      softmax.Start();
-    } else {
-      find_rows();
-      const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
-      softmax.Continue(outputs, log_sum_exp, args.value_depth, true);
-    }
+    find_rows().Begin(&softmax, args, launch, true);
     ClearOwn<Tile, kKeyDepth, 0>(args, job, stream.Own(own.stage), group_row);
     const uint32_t queries = Uniform(stream.Own(own.stage) + group_row * GroupTile<kKeyDepth, Tile::kRows>::kRowBytes);
     GroupMask<false, kExtra> mask;
@@ -133,13 +123,7 @@ __global__ __launch_bounds__(
     });
     if (threadIdx.x % 32 == 0) Arrive(stream.OwnEmpty(own.stage));
     own.Next();
-    softmax.Finish();
-    find_rows();
-    Sums<T, kValueDepth>::Store(softmax.sum, outputs, args.value_depth, true);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      if (sums[r] && threadIdx.x % 4 == 0) *sums[r] = softmax.most[r];
-    }
+    find_rows().Store(&softmax, args, launch, true);
   }
 #endif
 }

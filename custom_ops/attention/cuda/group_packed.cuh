@@ -66,7 +66,7 @@ __device__ inline void FindPackedMask(GroupMask<kByKey, false>* mask, const Comp
   }
 }
 
-template <typename T, int kKeyDepth, int kValueDepth, int kRows>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, bool kPartial>
 __global__ __launch_bounds__(kGroupThreads,
                              (kKeyDepth <= 32 ? 4 : 3)) void GroupPackedForwardKernel(const __grid_constant__ Arguments args,
                                                                                       const __grid_constant__ Launch launch) {
@@ -94,22 +94,13 @@ __global__ __launch_bounds__(kGroupThreads,
   const Component* const component = work.components.components + (__ffsll(work.components.members) - 1);
   bool waiting = true;
   for (int group_begin = 0; group_begin < packs.rows; group_begin += 64) {
-    T* outputs[2];
-    float* sums[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int position = packs.Position(launch, group_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r, args.positions);
-      outputs[r] = position < 0 ? nullptr : RowOf<T>(args.output, work.batch, work.head, position);
-      sums[r] = position < 0 ? nullptr : args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + position;
-    }
+    const int lane_row = group_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const OutputRows<T, kValueDepth, kPartial> outputs(
+        args, work.batch, work.head,
+        {packs.Position(launch, lane_row, args.positions), packs.Position(launch, lane_row + 8, args.positions)});
     Softmax<T, kKeyDepth, kValueDepth> softmax;
     bool settled = false;
-    if (launch.first) {
-      softmax.Start();
-    } else {
-      const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
-      softmax.Continue(outputs, log_sum_exp, args.value_depth, true);
-    }
+    outputs.Begin(&softmax, args, launch, true);
     GroupMask<false, false> mask;
     FindPackedMask<false>(&mask, component, launch, packs, group_begin, end);
     if (waiting) FinishCopies();
@@ -121,12 +112,7 @@ __global__ __launch_bounds__(kGroupThreads,
                                                            queries + group_begin * KeyTile::kRowBytes, keys + begin * KeyTile::kRowBytes,
                                                            values + begin * ValueTile::kRowBytes);
     }
-    softmax.Finish();
-    Sums<T, kValueDepth>::Store(softmax.sum, outputs, args.value_depth, true);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      if (sums[r] && threadIdx.x % 4 == 0) *sums[r] = softmax.most[r];
-    }
+    outputs.Store(&softmax, args, launch, true);
   }
 #endif
 }

@@ -3,6 +3,7 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
 
+#include "custom_ops/attention/cuda/epilogue.cuh"
 #include "custom_ops/attention/cuda/tile.cuh"
 #include "custom_ops/attention/cuda/work.cuh"
 
@@ -64,7 +65,7 @@ __device__ void PackedRows(T* (&rows)[2], const stf_tensor& tensor, const Work& 
   }
 }
 
-template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
+template <typename T, int kKeyDepth, int kValueDepth, int kWarps, bool kPartial>
 __global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_constant__ Arguments args,
                                                                    const __grid_constant__ Launch launch) {
   using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
@@ -88,21 +89,13 @@ __global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_
 
   const PackedWarp warp = FindPackedWarp(args, launch, work);
   const Context context = {args, head, warp.view};
-  T* outputs[2];
-  PackedRows(outputs, args.output, work, warp);
-  float* sums[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int row = warp.row + threadIdx.x % 32 / 4 + 8 * r;
-    sums[r] = outputs[r] ? args.log_sum_exp + StatisticsBase(args, work.batch, work.head) + warp.view.Position(row) : nullptr;
-  }
+  auto position = [&](int row) { return row < warp.existing ? warp.view.Position(row) : -1; };
+  const int lane_row = warp.row + threadIdx.x % 32 / 4;
+  auto find_rows = [&]() {  // anew where they are needed: registers are few between
+    return OutputRows<T, kValueDepth, kPartial>(args, work.batch, work.head, {position(lane_row), position(lane_row + 8)});
+  };
   Softmax<T, kKeyDepth, kValueDepth> softmax;
-  if (launch.first) {
-    softmax.Start();
-  } else {
-    const float log_sum_exp[2] = {sums[0] ? *sums[0] : -INFINITY, sums[1] ? *sums[1] : -INFINITY};
-    softmax.Continue(outputs, log_sum_exp, args.value_depth, args.vector);
-  }
+  find_rows().Begin(&softmax, args, launch, args.vector);
   WaitForCopies<0>();
   __syncthreads();
   if (warp.row >= warp.existing) return;
@@ -115,12 +108,7 @@ __global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_
                                    keys + (warp.tile_row + begin) * kPitch<T, kKeyDepth>,
                                    values + (warp.tile_row + begin) * kPitch<T, kValueDepth>);
   }
-  softmax.Finish();
-  Sums<T, kValueDepth>::Store(softmax.sum, outputs, args.value_depth, args.vector);
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    if (sums[r] && threadIdx.x % 4 == 0) *sums[r] = softmax.most[r];
-  }
+  find_rows().Store(&softmax, args, launch, args.vector);
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps>

@@ -244,15 +244,17 @@ class Planner {
 
 }  // namespace
 
-bool SumsOverLaunches(const stf_problem& problem) {
+int LaunchesOf(const stf_problem& problem, bool backward) {
+  int most = 0;
   for (int32_t p = 0; p < problem.programs; p++) {
     const stf_component* components = problem.components + problem.program_begin[p];
     const int count = problem.program_begin[p + 1] - problem.program_begin[p];
-    if (PassesOf(components, count).size() > 1) return true;
+    int launches = static_cast<int>(PassesOf(components, count).size());
     const auto summary = [](const stf_component& c) { return c.kind == STF_SUMMARY; };
-    if (std::any_of(components, components + count, summary)) return true;  // its keys have a launch of their own
+    if (backward) launches += static_cast<int>(std::count_if(components, components + count, summary));  // its keys have their own
+    most = std::max(most, launches);
   }
-  return false;
+  return most;
 }
 
 Plan PlanForward(const stf_problem& problem, const Machine& machine) { return Planner(problem, machine).Make(false); }

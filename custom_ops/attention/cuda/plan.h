@@ -12,8 +12,8 @@ namespace cuda {
 
 using Plan = std::vector<std::pair<Pass, Launch>>;
 
-// Whether some head's gradients are summed over several launches, of whichever machine.
-bool SumsOverLaunches(const stf_problem& problem);
+// How many launches a head's output (backward: one of its gradients) is summed over at the most, on whichever machine.
+int LaunchesOf(const stf_problem& problem, bool backward);
 
 // For kernels of a machine: machine.sm90 says whether Hopper's do what they can.
 Plan PlanForward(const stf_problem& problem, const Machine& machine);

@@ -182,45 +182,6 @@ struct Sums<float, kDepth> {
   }
 };
 
-// The same of float rows, whatever T is: sums between launches.
-template <typename T, int kDepth, typename Do>
-__device__ inline void EachPartial(float (&sum)[kDepth / 8][4], float* const (&rows)[2], int depth, bool vector, Do apply) {
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    if (!rows[r]) continue;
-#pragma unroll
-    for (int b = 0; b < kDepth / 8; b++) {
-      const int column = Matrix<T>::Column(b, 0);
-      float *x = &sum[b][2 * r], *y = rows[r] + column;
-      if (vector) {
-        if (column < depth) apply(*reinterpret_cast<float2*>(x), *reinterpret_cast<float2*>(y));
-      } else {
-        float2 pair = {column < depth ? y[0] : 0, column + 1 < depth ? y[1] : 0};
-        apply(*reinterpret_cast<float2*>(x), pair);
-        if (column < depth) y[0] = pair.x;
-        if (column + 1 < depth) y[1] = pair.y;
-      }
-    }
-  }
-}
-
-// The end of a gradient in one launch: what earlier launches summed is added; the sum goes to `rows`, stays partial for later ones, or
-// both.
-template <typename T, int kDepth>
-__device__ inline void Deliver(float (&sum)[kDepth / 8][4], T* const (&rows)[2], float* const (&partial)[2], int depth, bool vector,
-                               bool first, bool last, bool write) {
-  if (!first) {
-    EachPartial<T, kDepth>(sum, partial, depth, vector, [](float2& x, float2& y) {
-      x.x += y.x;
-      x.y += y.y;
-    });
-  }
-  if (write) Sums<T, kDepth>::Store(sum, rows, depth, vector);
-  if (!last) {
-    EachPartial<T, kDepth>(sum, partial, depth, vector, [](float2& x, float2& y) { y = x; });
-  }
-}
-
 // delta[row] = sum over depth of output * output_grad, for a warp's 16 rows; output_grad is in shared memory (zeros beyond `depth`).
 template <typename T, int kDepth, typename Place>
 __device__ void SumProducts(float* delta, const T* grads, const T* output, int64_t stride, int depth, bool vector, Place place) {

@@ -13,6 +13,9 @@
 namespace stf {
 namespace cuda {
 
+// Whether the output is kept in float32 between launches. That of floats is so anyway, and needs no kernel of its own.
+inline bool Partial(const Arguments& args) { return args.output_partial.data != nullptr; }
+
 template <typename Kernel>
 cudaError_t Start(Kernel kernel, int threads, int bytes, int64_t units, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   const int64_t blocks = units * args.batch * launch.head_slots;
@@ -31,8 +34,9 @@ cudaError_t RunPacked(Pass pass, const Arguments& args, const Launch& launch, cu
   using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
   if constexpr (Tile::kBackwardBytes <= kSharedMemory[2]) {
     if (pass == kPackedForward) {
-      return Start(PackedForwardKernel<T, kKeyDepth, kValueDepth, kWarps>, Tile::kThreads, Tile::kForwardBytes, launch.tiles, args, launch,
-                   stream);
+      return Start(Partial(args) ? PackedForwardKernel<T, kKeyDepth, kValueDepth, kWarps, sizeof(T) == 2>
+                                 : PackedForwardKernel<T, kKeyDepth, kValueDepth, kWarps, false>,
+                   Tile::kThreads, Tile::kForwardBytes, launch.tiles, args, launch, stream);
     }
     return Start(PackedBackwardKernel<T, kKeyDepth, kValueDepth, kWarps>, Tile::kThreads, Tile::kBackwardBytes, launch.tiles, args, launch,
                  stream);
@@ -63,7 +67,10 @@ cudaError_t RunGroups(Pass pass, const Arguments& args, const Launch& launch, co
     const int64_t resident = int64_t{Tile::kBlocks} * machine.multiprocessors;
     return StartGroups(kernel, Tile::kThreads, Tile::kBytes, resident, pass, kKeyDepth, kValueDepth, args, launch, stream);
   };
-  if (pass == kForward) return start(GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra>, StreamTile<kForward, kKeyDepth, kValueDepth>());
+  if (pass == kForward)
+    return start(Partial(args) ? GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra, sizeof(T) == 2>
+                               : GroupForwardKernel<T, kKeyDepth, kValueDepth, kExtra, false>,
+                 StreamTile<kForward, kKeyDepth, kValueDepth>());
   if (pass == kQueryGrad) {
     return start(GroupQueryGradKernel<T, kKeyDepth, kValueDepth, kExtra>, StreamTile<kQueryGrad, kKeyDepth, kValueDepth>());
   }
@@ -74,8 +81,9 @@ template <typename T, int kKeyDepth, int kValueDepth, int kRows>
 cudaError_t RunGroupPacked(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   using Tile = GroupPackedTile<kKeyDepth, kValueDepth, kRows>;
   if (pass == kPackedForward) {
-    return Start(GroupPackedForwardKernel<T, kKeyDepth, kValueDepth, kRows>, kGroupThreads, Tile::kForwardBytes, launch.tiles, args, launch,
-                 stream);
+    return Start(Partial(args) ? GroupPackedForwardKernel<T, kKeyDepth, kValueDepth, kRows, sizeof(T) == 2>
+                               : GroupPackedForwardKernel<T, kKeyDepth, kValueDepth, kRows, false>,
+                 kGroupThreads, Tile::kForwardBytes, launch.tiles, args, launch, stream);
   }
   return Start(GroupPackedBackwardKernel<T, kKeyDepth, kValueDepth, kRows>, kGroupThreads, Tile::kBackwardBytes, launch.tiles, args, launch,
                stream);
@@ -92,8 +100,11 @@ cudaError_t RunTiles(Pass pass, const Arguments& args, const Launch& launch, cud
   const int64_t units = static_cast<int64_t>(launch.tiles) * launch.sequences;
   auto backward = [&](auto kernel) { return Start(kernel, kBackwardTile.threads(), kBackwardBytes, units, args, launch, stream); };
   if (pass == kForward) {
-    return Start(ForwardKernel<T, kKeyDepth, kValueDepth, kForwardTile.warps, kForwardTile.visited, kForwardTile.stages>,
-                 kForwardTile.threads(), Sm80Bytes(kForward, sizeof(T), kDepthsOf, kForwardTile), units, args, launch, stream);
+    return Start(
+        Partial(args)
+            ? ForwardKernel<T, kKeyDepth, kValueDepth, kForwardTile.warps, kForwardTile.visited, kForwardTile.stages, sizeof(T) == 2>
+            : ForwardKernel<T, kKeyDepth, kValueDepth, kForwardTile.warps, kForwardTile.visited, kForwardTile.stages, false>,
+        kForwardTile.threads(), Sm80Bytes(kForward, sizeof(T), kDepthsOf, kForwardTile), units, args, launch, stream);
   }
   if (pass == kQueryGrad) return backward(QueryGradKernel<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>);
   if constexpr (kKeyDepth + kValueDepth > 256) {

@@ -65,10 +65,8 @@ struct Softmax {
     }
   }
 
-  // Goes on from the output and log-sum-exp of other keys.
-  __device__ void Continue(T* const (&rows)[2], const float (&log_sum_exp)[2], int depth, bool vector) {
-    Clear(sum);
-    Sums<T, kValueDepth>::Add(sum, rows, depth, vector);
+  // Goes on from the output of other keys, which is in `sum`, and their log-sum-exp.
+  __device__ void Continue(const float (&log_sum_exp)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       most[r] = log_sum_exp[r] * (kNatural ? 1 : kLog2e);
