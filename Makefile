@@ -23,7 +23,7 @@ BUILDIFIER_VERSION := 8.2.1
 BUILDIFIER := PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier --warnings=-native-cc-binary,-native-cc-library
 LIBRARY := stf/ops/libstf_ops.so
 SOURCES := $(shell find custom_ops third_party -type f -not -path '*/__pycache__/*') WORKSPACE BUILD .bazelrc .bazelversion
-CPP := $(shell find custom_ops tests/gpu -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find custom_ops benchmarks tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BAZEL_FILES := WORKSPACE $(shell find BUILD custom_ops third_party -name BUILD -o -name '*.bzl')
 # On a machine with an NVIDIA GPU, the CUDA libraries that TensorFlow loads.
 CUDA_LIBRARIES := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo "-r requirements-cuda.lock")

@@ -6,17 +6,21 @@
 Cold L2 (a large buffer is read before each call), device events, medians; results are checked first. The floor of a row
 is the larger of its exact floating-point operations over the matmul rate and its least bytes over the copy rate, both
 measured first; its share is floor / time. Peers: FlexAttention with the same mask, SDPA on the transposed sequence
-(strided), dense causal SDPA with the flash and the cuDNN back ends. Needs PyTorch, nvcc and an NVIDIA GPU; TensorFlow
-is not needed.
+(strided), dense causal SDPA with the flash and the cuDNN back ends. "host" is a call's time on the host, of many in a
+row without the pause that hides it. Needs PyTorch, nvcc and an NVIDIA GPU; TensorFlow is not needed.
 """
 
 import argparse
+import ctypes
+import functools
 import importlib.util
 import json
 import math
 import pathlib
 import platform
+import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -105,7 +109,35 @@ def ours(pattern, query, key, value, grad):
         forward()
         attention.backward(query, key, value, output, log_sum_exp, grad, None, *grads)
 
-    return (forward, both), (output, log_sum_exp, *grads), attention.workspace_bytes
+    inputs = query, key, value, output, log_sum_exp
+    host = [
+        host_microseconds("forward", attention.arguments(*inputs)),
+        host_microseconds("backward", attention.arguments(*inputs, grad, None, *grads)),
+    ]
+    return (forward, both), (output, log_sum_exp, *grads), attention.workspace_bytes, (host[0], sum(host))
+
+
+@functools.cache
+def host_time():
+    """benchmarks/host_time.cc, built."""
+    library = pathlib.Path(tempfile.mkdtemp()) / "host_time.so"
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{torch_binding.ROOT}", str(HERE / "host_time.cc")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def host_microseconds(name, arguments, calls=50, repeats=20):
+    """Host time of one call in C, the device keeping up: the median of `repeats` runs of so many calls."""
+    seconds = getattr(host_time(), f"stf_{name}_seconds")
+    seconds.restype = ctypes.c_double
+    entry = getattr(torch_binding.load(), f"stf_attention_cuda_{name}")
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        times.append(seconds(calls, entry, *arguments))
+    torch.cuda.synchronize()
+    assert min(times) > 0, "a call was refused"
+    return 1e6 * float(np.median(times)) / calls
 
 
 def check(pattern, arrays, results):
@@ -235,7 +267,7 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
     """Rows of ours and the peers."""
     batch, heads, n, key_depth, value_depth = shape
     arrays = inputs(shape, dtype)
-    calls, results, workspace = ours(pattern, *arrays)
+    calls, results, workspace, host = ours(pattern, *arrays)
     for x in results:
         x.fill_(torch.nan)
     calls[1]()
@@ -243,23 +275,24 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
     check(pattern, arrays, results)
     sizes = dict(key_dim=key_depth, value_dim=value_depth, num_heads=heads, batch=batch)
 
-    def row(name, which, ms, peak=None):
+    def row(name, which, ms, peak=None, host_us=None):
         backward = which == PASSES[1]
         flops = pattern.flops(n, backward=backward, **sizes)
         moved = pattern.bytes(n, backward=backward, itemsize=dtype.itemsize, **sizes)
         floor = 1e3 * max(flops / matmul, moved / copy)
         r = dict(shape=list(shape), pattern=repr(pattern), dtype=str(dtype), implementation=name)
-        r |= {"pass": which, "ms": ms, "floor_ms": floor, "share": floor / ms, "peak_bytes": peak}
+        r |= {"pass": which, "ms": ms, "floor_ms": floor, "share": floor / ms, "peak_bytes": peak, "host_us": host_us}
         print(
             f"{shape!s:28s} {repr(pattern)[:34]:34s} {str(dtype)[6:]:9s}{name:18s}{which:17s}"
-            f"{ms:9.4f} ms  floor {floor:8.4f}  share {r['share']:5.3f}",
+            f"{ms:9.4f} ms  floor {floor:8.4f}  share {r['share']:5.3f}"
+            + (f"  host {host_us:5.1f} us" if host_us else ""),
             flush=True,
         )
         return r
 
     rows = []
     for index, which in enumerate(PASSES):
-        rows.append(row("stf", which, timer(calls[index]), workspace if index else 0))
+        rows.append(row("stf", which, timer(calls[index]), workspace if index else 0, host[index]))
     for name, peer in peers(pattern, arrays, chosen):
         for index, which in enumerate(PASSES):
             try:

@@ -99,7 +99,7 @@ int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* que
   }
   Machine machine;
   if (const int error = FindMachine(*problem, args, &machine)) return error;
-  return RunPlan(*problem, PlanForward(*problem, machine), args, machine, stream);
+  return RunPlan(*problem, *PlanOf(*problem, machine, false), args, machine, stream);
 }
 
 int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
@@ -131,7 +131,7 @@ int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* qu
   }
   Machine machine;
   if (const int error = FindMachine(*problem, args, &machine)) return error;
-  return RunPlan(*problem, PlanBackward(*problem, machine), args, machine, stream);
+  return RunPlan(*problem, *PlanOf(*problem, machine, true), args, machine, stream);
 }
 
 const char* stf_attention_cuda_error(int error) {

@@ -61,10 +61,9 @@ struct OutputRows {
     softmax->Continue(sums);
   }
 
-  // Ends it: output and log-sum-exp of the keys so far.
+  // Stores one that is finished: output and log-sum-exp of the keys so far.
   template <typename Softmax>
   __device__ void Store(Softmax* softmax, const Arguments& args, const Launch& launch, bool vector) const {
-    softmax->Finish();
     if (kPartial && !launch.last) {
       EachPartial<T, kDepth>(softmax->sum, partial, args.value_depth, vector, [](float2& x, float2& y) { y = x; });
     } else {

@@ -87,6 +87,7 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
     more = another;
   }
   WaitForCopies<0>();
+  softmax.Finish();
   find_rows().Store(&softmax, args, launch, args.vector);
 }
 

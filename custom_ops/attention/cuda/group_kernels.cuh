@@ -123,6 +123,7 @@ __global__ __launch_bounds__(
     });
     if (threadIdx.x % 32 == 0) Arrive(stream.OwnEmpty(own.stage));
     own.Next();
+    softmax.Finish();
     find_rows().Store(&softmax, args, launch, true);
   }
 #endif

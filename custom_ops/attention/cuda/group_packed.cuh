@@ -112,6 +112,7 @@ __global__ __launch_bounds__(kGroupThreads,
                                                            queries + group_begin * KeyTile::kRowBytes, keys + begin * KeyTile::kRowBytes,
                                                            values + begin * ValueTile::kRowBytes);
     }
+    softmax.Finish();
     outputs.Store(&softmax, args, launch, true);
   }
 #endif

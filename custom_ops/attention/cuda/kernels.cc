@@ -4,6 +4,9 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <mutex>
+#include <set>
+#include <utility>
 
 namespace stf {
 namespace cuda {
@@ -42,6 +45,19 @@ cudaError_t Run(const stf_problem& problem, Pass pass, const Arguments& args, co
   if (problem.dtype == STF_FLOAT32) return RunDepths<float>(depths, pass, args, launch, machine, stream);
   if (problem.dtype == STF_BFLOAT16) return RunDepths<__nv_bfloat16>(depths, pass, args, launch, machine, stream);
   return RunDepths<__half>(depths, pass, args, launch, machine, stream);
+}
+
+cudaError_t Allow(const void* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // each kernel has one size
+  int device;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
 }
 
 int TileRows(Pass pass, int32_t dtype, int depths, const Machine& machine) {

@@ -17,6 +17,9 @@ int TileRows(Pass pass, int32_t dtype, int depths, const Machine& machine);
 // Whether Hopper's kernels can work on a problem, its rows being 16 bytes apart (see Arguments::vector).
 bool TakesGroups(const stf_problem& problem);
 
+// Lets a kernel have so many bytes of shared memory on the current device.
+cudaError_t Allow(const void* kernel, int bytes);
+
 // Starts one launch. Instantiated in kernels.cu for each dtype and pair of depths.
 template <typename T, int kIndex>
 cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream);

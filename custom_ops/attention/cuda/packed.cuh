@@ -108,6 +108,7 @@ __global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_
                                    keys + (warp.tile_row + begin) * kPitch<T, kKeyDepth>,
                                    values + (warp.tile_row + begin) * kPitch<T, kValueDepth>);
   }
+  softmax.Finish();
   find_rows().Store(&softmax, args, launch, args.vector);
 }
 

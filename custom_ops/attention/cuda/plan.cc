@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 
+#include "custom_ops/attention/cuda/cache.h"
 #include "custom_ops/attention/passes.h"
 
 namespace stf {
@@ -257,8 +258,20 @@ int LaunchesOf(const stf_problem& problem, bool backward) {
   return most;
 }
 
-Plan PlanForward(const stf_problem& problem, const Machine& machine) { return Planner(problem, machine).Make(false); }
-Plan PlanBackward(const stf_problem& problem, const Machine& machine) { return Planner(problem, machine).Make(true); }
+std::shared_ptr<const Plan> PlanOf(const stf_problem& problem, const Machine& machine, bool backward) {
+  static Cache<Plan, 1024> plans;
+  Key key;
+  key.Add(problem.batch, problem.positions, problem.heads, int64_t{FindDepths(problem)}, problem.dtype, machine.memory)
+      .Add(machine.sm90, backward)
+      .AddAll(problem.program_begin, problem.programs + 1)
+      .AddAll(problem.components + problem.program_begin[0], problem.program_begin[problem.programs] - problem.program_begin[0]);
+  std::shared_ptr<const Plan> plan;
+  plans.Get(key, &plan, [&](Plan* made) {
+    *made = Planner(problem, machine).Make(backward);
+    return 0;
+  });
+  return plan;
+}
 
 }  // namespace cuda
 }  // namespace stf

@@ -2,6 +2,7 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_PLAN_H_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_PLAN_H_
 
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -15,9 +16,8 @@ using Plan = std::vector<std::pair<Pass, Launch>>;
 // How many launches a head's output (backward: one of its gradients) is summed over at the most, on whichever machine.
 int LaunchesOf(const stf_problem& problem, bool backward);
 
-// For kernels of a machine: machine.sm90 says whether Hopper's do what they can.
-Plan PlanForward(const stf_problem& problem, const Machine& machine);
-Plan PlanBackward(const stf_problem& problem, const Machine& machine);
+// The plan for kernels of a machine, where machine.sm90 says whether Hopper's do what they can: made once.
+std::shared_ptr<const Plan> PlanOf(const stf_problem& problem, const Machine& machine, bool backward);
 
 }  // namespace cuda
 }  // namespace stf

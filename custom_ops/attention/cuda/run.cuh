@@ -21,10 +21,7 @@ cudaError_t Start(Kernel kernel, int threads, int bytes, int64_t units, const Ar
   const int64_t blocks = units * args.batch * launch.head_slots;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = Allow(reinterpret_cast<const void*>(kernel), bytes)) return error;
   kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(args, launch);
   return cudaGetLastError();
 }
@@ -48,13 +45,11 @@ cudaError_t RunPacked(Pass pass, const Arguments& args, const Launch& launch, cu
 template <typename Kernel>
 cudaError_t StartGroups(Kernel kernel, int threads, int bytes, int64_t resident, Pass pass, int key_depth, int value_depth,
                         const Arguments& args, const Launch& launch, cudaStream_t stream) {
-  Maps maps;
-  cudaError_t error = MakeMaps(pass, key_depth, value_depth, args, launch, &maps);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
+  std::shared_ptr<const Maps> maps;
+  if (const int error = MapsOf(pass, key_depth, value_depth, args, launch, &maps)) return static_cast<cudaError_t>(error);
+  if (const cudaError_t error = Allow(reinterpret_cast<const void*>(kernel), bytes)) return error;
   const int64_t most = launch.brief ? resident : INT32_MAX;
-  kernel<<<static_cast<unsigned>(launch.units < most ? launch.units : most), threads, bytes, stream>>>(args, launch, maps);
+  kernel<<<static_cast<unsigned>(launch.units < most ? launch.units : most), threads, bytes, stream>>>(args, launch, *maps);
   return cudaGetLastError();
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "custom_ops/attention/cuda/cache.h"
+
 namespace stf {
 namespace cuda {
 namespace {
@@ -60,11 +62,7 @@ int SummaryRows(const Launch& launch) {
   return rows;
 }
 
-}  // namespace
-
-bool HasMaps() { return FindEncode() != nullptr; }
-
-cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments& args, const Launch& launch, Maps* maps) {
+cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments& args, const Launch& launch, int summary_rows, Maps* maps) {
   const stf_tensor *own[2] = {&args.query, &args.output_grad}, *streamed[2] = {&args.key, &args.value};
   if (pass == kKeyGrad) std::swap(own, streamed);
   const int depths[2] = {args.key_depth, args.value_depth}, tile_depths[2] = {key_depth, value_depth};
@@ -72,7 +70,6 @@ cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments&
   const int64_t longer = positions % step;
   const Numbering plain = {1, 1, positions, 1};
   const Numbering variants[2] = {{step, 1, positions / step, step}, {longer, 1, positions / step + 1, step}};
-  const int summary_rows = SummaryRows(launch);
   cudaError_t error = cudaSuccess;
   const auto make = [&](int t, const stf_tensor& tensor, const Numbering& numbering, int rows, TensorMap* map) {
     if (error == cudaSuccess) error = Make(args, tensor, depths[t], tile_depths[t], numbering, rows, map);
@@ -89,6 +86,20 @@ cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments&
     if (pass != kKeyGrad && summary_rows) make(t, *streamed[t], plain, summary_rows, &maps->summary[t]);
   }
   return error;
+}
+
+}  // namespace
+
+bool HasMaps() { return FindEncode() != nullptr; }
+
+int MapsOf(Pass pass, int key_depth, int value_depth, const Arguments& args, const Launch& launch, std::shared_ptr<const Maps>* maps) {
+  static Cache<Maps, 4096> cache;  // 5 MiB
+  const int summary_rows = SummaryRows(launch);
+  Key key;
+  key.Add(args.query, args.key, args.value, args.output_grad)
+      .Add(args.batch, args.positions, args.heads, args.key_depth, args.value_depth, launch.step, summary_rows, key_depth, value_depth,
+           pass);
+  return cache.Get(key, maps, [&](Maps* made) { return MakeMaps(pass, key_depth, value_depth, args, launch, summary_rows, made); });
 }
 
 }  // namespace cuda

@@ -147,13 +147,14 @@ class Attention:
         """Writes the gradients of query, key and value; log_sum_exp_grad may be None."""
         self._call("backward", query, key, value, output, log_sum_exp, output_grad, log_sum_exp_grad, *grads)
 
+    def arguments(self, *tensors):
+        """The arguments of an entry point for `tensors`, None for a null pointer."""
+        workspace, stream = self._workspace.data_ptr(), torch.cuda.current_stream().cuda_stream
+        tensors = [self._argument(tensor) for tensor in tensors]
+        return [ctypes.byref(self._problem), *tensors, ctypes.c_void_p(workspace), ctypes.c_void_p(stream)]
+
     def _call(self, name, *tensors):
-        arguments = [self._argument(tensor) for tensor in tensors]
-        arguments += [
-            ctypes.c_void_p(self._workspace.data_ptr()),
-            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-        ]
-        error = getattr(load(), f"stf_attention_cuda_{name}")(ctypes.byref(self._problem), *arguments)
+        error = getattr(load(), f"stf_attention_cuda_{name}")(*self.arguments(*tensors))
         if error:
             raise RuntimeError(f"{name}: {load().stf_attention_cuda_error(error).decode()}")
 
