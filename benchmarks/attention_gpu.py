@@ -27,7 +27,7 @@ import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 _SPEC = importlib.util.spec_from_file_location(
-    "torch_binding", HERE.parent / "custom_ops" / "attention" / "cuda" / "torch_binding.py"
+    "torch_binding", HERE.parent / "custom_ops" / "attention" / "torch" / "binding.py"
 )
 torch_binding = sys.modules["torch_binding"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(torch_binding)

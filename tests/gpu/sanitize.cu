@@ -3,7 +3,7 @@
 //     nvcc -std=c++17 -O3 -I. -arch=native -o build/sanitize tests/gpu/sanitize.cu build/cuda/*.o
 //     for tool in memcheck racecheck initcheck; do compute-sanitizer --tool $tool build/sanitize; done
 //
-// The objects are those that custom_ops/attention/cuda/torch_binding.py builds. Nothing is compared here; see test_kernels.py.
+// The objects are those that custom_ops/attention/torch/binding.py builds. Nothing is compared here; see test_kernels.py.
 #include <cuda_runtime.h>
 
 #include <cstdio>

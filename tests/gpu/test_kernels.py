@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 
-_PATH = pathlib.Path(__file__).parents[2] / "custom_ops" / "attention" / "cuda" / "torch_binding.py"
+_PATH = pathlib.Path(__file__).parents[2] / "custom_ops" / "attention" / "torch" / "binding.py"
 _SPEC = importlib.util.spec_from_file_location("torch_binding", _PATH)
 torch_binding = sys.modules["torch_binding"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(torch_binding)

@@ -66,7 +66,7 @@ stf_tensor TakePartial(const stf_problem& problem, int64_t depth, float** memory
 // The machine for a call, with Hopper's kernels where they can do it.
 int FindMachine(const stf_problem& problem, const Arguments& args, Machine* machine) {
   const int error = FindMachine(machine);
-  machine->sm90 = machine->sm90 && args.vector && TakesGroups(problem);
+  machine->sm90 = machine->sm90 && args.vector && SupportsSm90(problem);
   return error;
 }
 

@@ -65,7 +65,7 @@ int TileRows(Pass pass, int32_t dtype, int depths, const Machine& machine) {
   return FindSm80Tile(pass, ElementBytes(dtype), kDepths[depths], Sm80Memory(machine.memory)).rows();
 }
 
-bool TakesGroups(const stf_problem& problem) {
+bool SupportsSm90(const stf_problem& problem) {
   const int depths = FindDepths(problem);
   if (depths < 0 || !HasSm90Kernels(ElementBytes(problem.dtype), kDepths[depths])) return false;
   for (int32_t t = problem.program_begin[0]; t < problem.program_begin[problem.programs]; t++) {

@@ -1,5 +1,5 @@
 // The kernels of one dtype and pair of depths: compiled once for each, with STF_DTYPE (stf_dtype) and STF_DEPTHS (index into kDepths).
-#include "custom_ops/attention/cuda/run.cuh"
+#include "custom_ops/attention/cuda/launch.cuh"
 
 namespace stf {
 namespace cuda {

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "custom_ops/attention/cuda/arguments.h"
+#include "custom_ops/attention/cuda/common/arguments.h"
 #include "custom_ops/attention/cuda/machine.h"
 #include "custom_ops/attention/cuda/tiles.h"
 
@@ -15,7 +15,7 @@ namespace cuda {
 int TileRows(Pass pass, int32_t dtype, int depths, const Machine& machine);
 
 // Whether Hopper's kernels can work on a problem, its rows being 16 bytes apart (see Arguments::vector).
-bool TakesGroups(const stf_problem& problem);
+bool SupportsSm90(const stf_problem& problem);
 
 // Lets a kernel have so many bytes of shared memory on the current device.
 cudaError_t Allow(const void* kernel, int bytes);

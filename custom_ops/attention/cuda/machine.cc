@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "custom_ops/attention/cuda/attention.h"
-#include "custom_ops/attention/cuda/tensor_maps.h"
+#include "custom_ops/attention/cuda/sm90/tensor_maps.h"
 #include "custom_ops/attention/cuda/tiles.h"
 
 namespace stf {

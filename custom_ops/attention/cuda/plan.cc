@@ -10,31 +10,31 @@ namespace stf {
 namespace cuda {
 namespace {
 
-// One step of one program: a pass over some of its components, whose queries (or, in the pass over keys, whose keys) share a numbering.
-struct Step {
+// A pass of one program over some of its components, whose queries (or, in the pass over keys, whose keys) share a numbering.
+struct PlannedPass {
   Pass pass;
   uint64_t members;
   int64_t sequences, sequence_step, step;
   int packed_rows;
-  bool groups;                                       // whether warpgroups do it
-  bool some_keys;                                    // whether keys are a summary's, not all
+  bool sm90;                                         // whether warpgroups do it
+  bool summary_keys;                                 // whether keys are a summary's, not all
   bool first, last, key_first, key_last, key_write;  // see Launch
 
-  bool Alike(const Step& other) const {
+  bool Alike(const PlannedPass& other) const {
     return pass == other.pass && sequences == other.sequences && sequence_step == other.sequence_step && step == other.step &&
-           packed_rows == other.packed_rows && groups == other.groups && first == other.first && last == other.last &&
+           packed_rows == other.packed_rows && sm90 == other.sm90 && first == other.first && last == other.last &&
            key_first == other.key_first && key_last == other.key_last && key_write == other.key_write;
   }
 };
 
-constexpr int kBrief = 2048;  // columns that a row visits at the most where a block does not stop after one tile
+constexpr int kPersistentColumns = 2048;  // columns that a row visits at the most where a block does not stop after one tile
 
 class Planner {
  public:
   Planner(const stf_problem& problem, const Machine& machine) : problem_(problem), depths_(FindDepths(problem)), machine_(machine) {}
 
   Plan Make(bool backward) const {
-    std::vector<std::deque<Step>> steps;
+    std::vector<std::deque<PlannedPass>> steps;
     for (int32_t p = 0; p < problem_.programs; p++) {
       steps.push_back(StepsOf(p, backward));
       MarkEnds(&steps.back());
@@ -43,7 +43,7 @@ class Planner {
     while (true) {  // programs go on together as long as their next steps are alike
       const auto front = std::find_if(steps.begin(), steps.end(), [](const auto& s) { return !s.empty(); });
       if (front == steps.end()) return plan;
-      const Step step = front->front();
+      const PlannedPass step = front->front();
       Launch launch = Begin(step);
       for (int32_t p = 0; p < problem_.programs; p++) {
         if (steps[p].empty() || !steps[p].front().Alike(step) || !Add(p, steps[p].front(), &launch)) continue;
@@ -59,22 +59,22 @@ class Planner {
   int Count(int32_t program) const { return problem_.program_begin[program + 1] - problem_.program_begin[program]; }
 
   // Makes a step over sequences of `length` positions a packed one, where they are short enough.
-  void Pack(const stf_component& component, int64_t length, bool backward, Step* step) const {
-    step->groups = machine_.sm90 && component.exclude == 0 && length <= kMostGroupRows;
+  void Pack(const stf_component& component, int64_t length, bool backward, PlannedPass* step) const {
+    step->sm90 = machine_.sm90 && component.exclude == 0 && length <= kMaxPackedRows;
     step->packed_rows =
-        step->groups ? static_cast<int>(length) : Sm80PackedRows(ElementBytes(problem_.dtype), kDepths[depths_], length, machine_.memory);
+        step->sm90 ? static_cast<int>(length) : Sm80PackedRows(ElementBytes(problem_.dtype), kDepths[depths_], length, machine_.memory);
     if (step->packed_rows) step->pass = backward ? kPackedBackward : kPackedForward;
   }
 
-  std::deque<Step> StepsOf(int32_t program, bool backward) const {
+  std::deque<PlannedPass> StepsOf(int32_t program, bool backward) const {
     const stf_component* components = Components(program);
     const int64_t positions = problem_.positions;
-    std::deque<Step> steps;
+    std::deque<PlannedPass> steps;
     for (const ComponentPass& pass : PassesOf(components, Count(program))) {
       if (!pass.strided) {
         const bool block = pass.members == 1 && components[0].kind == STF_OWN_BLOCK;  // and nothing else but strided ones
         const int64_t size = block ? std::min(components[0].a, positions) : positions;
-        Step step = {kForward, pass.members, (positions + size - 1) / size, size, 1};
+        PlannedPass step = {kForward, pass.members, (positions + size - 1) / size, size, 1};
         if (block) Pack(components[0], size, backward, &step);
         if (step.packed_rows) {
           steps.push_back(step);
@@ -84,13 +84,13 @@ class Planner {
         continue;
       }
       const int64_t stride = std::min(pass.stride, positions), length = (positions + stride - 1) / stride;
-      Step step = {kForward, pass.members, stride, 1, stride};
+      PlannedPass step = {kForward, pass.members, stride, 1, stride};
       Pack(components[__builtin_ctzll(pass.members)], length, backward, &step);
       if (step.packed_rows) {
         steps.push_back(step);
         continue;
       }
-      step.groups = machine_.sm90;
+      step.sm90 = machine_.sm90;
       if (backward) {
         step.pass = kQueryGrad;
         steps.push_back(step);
@@ -104,8 +104,8 @@ class Planner {
   }
 
   // All components over plain positions. Summaries number their keys in their own way, each.
-  void AddPlain(int32_t program, uint64_t plain, bool backward, std::deque<Step>* steps) const {
-    Step step = {kForward, plain, 1, 0, 1, 0, machine_.sm90};
+  void AddPlain(int32_t program, uint64_t plain, bool backward, std::deque<PlannedPass>* steps) const {
+    PlannedPass step = {kForward, plain, 1, 0, 1, 0, machine_.sm90};
     if (!backward) {
       steps->push_back(step);
       return;
@@ -121,15 +121,15 @@ class Planner {
     for (int t = 0; t < Count(program); t++) {
       if (components[t].kind != STF_SUMMARY) continue;
       step.members = uint64_t{1} << t;
-      step.some_keys = true;
+      step.summary_keys = true;
       steps->push_back(step);
     }
   }
 
   // Which steps are a program's first and last for its queries, and for its keys.
-  static void MarkEnds(std::deque<Step>* steps) {
-    Step *query = nullptr, *key = nullptr;
-    for (Step& step : *steps) {
+  static void MarkEnds(std::deque<PlannedPass>* steps) {
+    PlannedPass *query = nullptr, *key = nullptr;
+    for (PlannedPass& step : *steps) {
       step.first = step.last = step.key_first = step.key_last = false;
       if (step.pass != kKeyGrad) {
         step.first = query == nullptr;
@@ -146,11 +146,11 @@ class Planner {
     bool some = false;
     for (auto step = steps->rbegin(); step != steps->rend(); ++step) {
       step->key_write = step->key_last || some;
-      some = some || step->some_keys;
+      some = some || step->summary_keys;
     }
   }
 
-  Launch Begin(const Step& step) const {
+  Launch Begin(const PlannedPass& step) const {
     Launch launch = {};
     launch.period = problem_.programs;
     launch.sequences = static_cast<int32_t>(step.sequences);
@@ -164,13 +164,13 @@ class Planner {
     launch.key_last = step.key_last;
     launch.key_write = step.key_write;
     launch.packed_rows = step.packed_rows;
-    launch.groups = step.groups;
+    launch.sm90 = step.sm90;
     return launch;
   }
 
-  bool Add(int32_t program, const Step& step, Launch* launch) const {
+  bool Add(int32_t program, const PlannedPass& step, Launch* launch) const {
     const int count = Count(program), slot = launch->programs, begin = launch->component_count;
-    if (slot == kMostPrograms || begin + count > kMostComponents) return false;
+    if (slot == kMaxPrograms || begin + count > kMaxComponents) return false;
     const int32_t limit = static_cast<int32_t>(problem_.positions);
     auto clamp = [&](int64_t x) { return static_cast<int32_t>(std::min<int64_t>(x, limit)); };
     for (int t = 0; t < count; t++) {
@@ -190,7 +190,7 @@ class Planner {
         to.shift = 31 + bits;
         to.reciprocal = static_cast<uint32_t>(((uint64_t{1} << to.shift) + width - 1) / width);
       }
-      if (step.members >> t & 1 && (from.kind == STF_BLOCKS || from.exclude != 0)) launch->extra = true;
+      if (step.members >> t & 1 && (from.kind == STF_BLOCKS || from.exclude != 0)) launch->general = true;
     }
     if (step.sequence_step > 1 && step.packed_rows) {  // own blocks, seen as sequences
       launch->components[begin] = {STF_STRIDED, 1, 0, 0, 0, 0, static_cast<uint64_t>(Components(program)[0].exclude)};
@@ -203,7 +203,7 @@ class Planner {
     return true;
   }
 
-  void End(const Step& step, Launch* launch) const {
+  void End(const PlannedPass& step, Launch* launch) const {
     const int64_t heads = problem_.heads;
     int64_t most = 0, longest = 0;
     for (int slot = 0; slot < launch->programs; slot++) {
@@ -212,26 +212,26 @@ class Planner {
     }
     launch->head_slots = static_cast<int32_t>(most * launch->programs);
     if (step.packed_rows) {
-      const int tile = step.packed_rows <= 64 ? 64 : kMostGroupRows;
-      const int packs = step.groups ? tile / step.packed_rows : step.packed_rows <= 32 ? 2 : 1;
+      const int tile = step.packed_rows <= 64 ? 64 : kMaxPackedRows;
+      const int packs = step.sm90 ? tile / step.packed_rows : step.packed_rows <= 32 ? 2 : 1;
       launch->tiles = static_cast<int32_t>((step.sequences + packs - 1) / packs);
       return;
     }
     const int rows = TileRows(step.pass, problem_.dtype, depths_, machine_);
     launch->tiles = static_cast<int32_t>((longest + rows - 1) / rows);
-    launch->units = int64_t{launch->tiles} * launch->sequences * launch->head_slots * problem_.batch;
-    launch->brief = true;
+    launch->work_tiles = int64_t{launch->tiles} * launch->sequences * launch->head_slots * problem_.batch;
+    launch->persistent = true;
     for (int slot = 0; slot < launch->programs; slot++) {
       for (uint64_t left = launch->members[slot]; left; left &= left - 1) {
         const Component& c = launch->components[launch->begin[slot] + __builtin_ctzll(left)];
         const bool bounded = c.kind == STF_LOCAL || c.kind == STF_OWN_BLOCK;
-        if ((bounded ? c.a : launch->longest) > kBrief) launch->brief = false;
+        if ((bounded ? c.a : launch->longest) > kPersistentColumns) launch->persistent = false;
       }
     }
   }
 
   // Rows of a program's longest sequence of queries, or of its keys.
-  int64_t Longest(const Launch& launch, int slot, const Step& step) const {
+  int64_t Longest(const Launch& launch, int slot, const PlannedPass& step) const {
     if (step.pass != kKeyGrad || step.members == 0) return launch.longest;
     const Component& c = launch.components[launch.begin[slot] + __builtin_ctzll(step.members)];
     if (c.kind != STF_SUMMARY) return launch.longest;

@@ -73,16 +73,16 @@ constexpr int Sm80PackedRows(int element, const Depths& depths, long long length
 // ---------------------------------------------------------------------------------------------------------------------------------------
 // sm90: kernels for Hopper, halves of depths up to 128. A warpgroup has 64 rows.
 
-constexpr int kGroupColumns = 64;      // rows that a stage holds
-constexpr int kGroupAlignment = 1024;  // of tiles in shared memory
-constexpr int kMostGroupRows = 128;    // the longest sequence that is packed
-constexpr int kNoteBytes = 16, kJobBytes = 48;
+constexpr int kStageRows = 64;        // rows that a stage holds
+constexpr int kTileAlignment = 1024;  // of tiles in shared memory
+constexpr int kMaxPackedRows = 128;   // the longest sequence that is packed
+constexpr int kStageInfoBytes = 16, kWorkTileBytes = 48;
 
 constexpr bool HasSm90Kernels(int element, const Depths& depths) { return element == 2 && depths.value <= 128; }
 
 // Warpgroups of a block and blocks of a multiprocessor, as registers and shared memory allow.
 struct Sm90Shape {
-  int groups, blocks;
+  int warpgroups, blocks;
 };
 
 constexpr Sm90Shape FindSm90Shape(Pass pass, const Depths& depths) {
@@ -91,31 +91,32 @@ constexpr Sm90Shape FindSm90Shape(Pass pass, const Depths& depths) {
   return {depths.key <= 32 ? 3 : 2, 1};
 }
 
-// Shared memory: `own_stages` tiles of the block's own rows, a ring of `stages`, then notes, jobs and barriers.
+// Shared memory: `own_stages` tiles of the block's own rows, a ring of `stages`, then what the producer says of stages and tiles, and
+// barriers.
 struct Sm90Tile {
-  int groups, blocks;
+  int warpgroups, blocks;
   int own_key_bytes, own_bytes;      // of a tile of own rows: of its first tensor, and of both
   int stage_key_bytes, stage_bytes;  // of a stage, in the same way
   int statistics_bytes;              // of a stage
   int own_stages, stages;
-  constexpr int rows() const { return 64 * groups; }
+  constexpr int rows() const { return 64 * warpgroups; }
   constexpr int ring() const { return own_stages * own_bytes; }  // where each part begins
   constexpr int statistics() const { return ring() + stages * stage_bytes; }
-  constexpr int notes() const { return statistics() + stages * statistics_bytes; }
-  constexpr int jobs() const { return notes() + stages * kNoteBytes; }
-  constexpr int barriers() const { return jobs() + own_stages * kJobBytes; }
+  constexpr int stage_infos() const { return statistics() + stages * statistics_bytes; }
+  constexpr int work_tiles() const { return stage_infos() + stages * kStageInfoBytes; }
+  constexpr int barriers() const { return work_tiles() + own_stages * kWorkTileBytes; }
   constexpr int bytes() const { return barriers() + 8 * 2 * (own_stages + stages); }
 };
 
 constexpr Sm90Tile FindSm90Tile(Pass pass, const Depths& depths) {
   const Sm90Shape shape = FindSm90Shape(pass, depths);
-  Sm90Tile tile = {shape.groups, shape.blocks, 0, 0, 0, 0, 0, 0, 0};
+  Sm90Tile tile = {shape.warpgroups, shape.blocks, 0, 0, 0, 0, 0, 0, 0};
   tile.own_key_bytes = tile.rows() * depths.key * 2;
   tile.own_bytes = tile.own_key_bytes + (pass == kForward ? 0 : tile.rows() * depths.value * 2);
-  tile.stage_key_bytes = kGroupColumns * depths.key * 2;
-  tile.stage_bytes = tile.stage_key_bytes + kGroupColumns * depths.value * 2;
-  tile.statistics_bytes = pass == kKeyGrad ? 2 * kGroupColumns * 4 : 0;
-  // A block has 1 KiB less than its part of the multiprocessor's, and 256 bytes are enough for notes, jobs and barriers.
+  tile.stage_key_bytes = kStageRows * depths.key * 2;
+  tile.stage_bytes = tile.stage_key_bytes + kStageRows * depths.value * 2;
+  tile.statistics_bytes = pass == kKeyGrad ? 2 * kStageRows * 4 : 0;
+  // A block has 1 KiB less than its part of the multiprocessor's, and 256 bytes are enough for all behind the ring.
   const int budget = kSharedMemory[2] / shape.blocks - 1024 - 256, stage = tile.stage_bytes + tile.statistics_bytes;
   tile.own_stages = budget >= 2 * tile.own_bytes + 2 * stage ? 2 : 1;
   const int fit = (budget - tile.own_stages * tile.own_bytes) / stage;
@@ -143,7 +144,7 @@ constexpr bool TilesFit() {
       const Sm90Tile tile = FindSm90Tile(of, depths);
       if (tile.stages < 2 || tile.blocks * (tile.bytes() + 1024) > 228 * 1024) return false;
     }
-    if (HasSm90Kernels(2, depths) && Sm90PackedBytes(kPackedBackward, depths, kMostGroupRows) > kSharedMemory[2]) return false;
+    if (HasSm90Kernels(2, depths) && Sm90PackedBytes(kPackedBackward, depths, kMaxPackedRows) > kSharedMemory[2]) return false;
   }
   return true;
 }

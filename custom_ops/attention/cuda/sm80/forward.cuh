@@ -1,18 +1,18 @@
 // Forward: a block takes a tile of queries and visits the tiles of keys that they may attend to, of all of the launch's components, with
 // one online softmax. A later launch goes on from the output and log-sum-exp of an earlier one.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_FORWARD_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_FORWARD_CUH_
 
-#include "custom_ops/attention/cuda/epilogue.cuh"
-#include "custom_ops/attention/cuda/tile.cuh"
-#include "custom_ops/attention/cuda/work.cuh"
+#include "custom_ops/attention/cuda/common/epilogue.cuh"
+#include "custom_ops/attention/cuda/common/scheduler.cuh"
+#include "custom_ops/attention/cuda/sm80/mainloop.cuh"
 
 namespace stf {
 namespace cuda {
 
 // Shared memory: the block's queries, then stages of keys and values.
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kTileStages>
-struct ForwardTile {
+struct Sm80ForwardTile {
   static constexpr int kThreads = 32 * kWarps, kQueries = 16 * kWarps, kKeys = kVisited, kStages = kTileStages;
   static constexpr int kKeyElements = kKeys * kPitch<T, kKeyDepth>, kValueElements = kKeys * kPitch<T, kValueDepth>;
   static constexpr int kStage = kKeyElements + kValueElements;  // elements
@@ -24,15 +24,15 @@ struct ForwardTile {
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages, bool kPartial>
 __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
                                    : kValueDepth <= 128 ? 3
-                                                        : 1)) void ForwardKernel(const __grid_constant__ Arguments args,
-                                                                                 const __grid_constant__ Launch launch) {
-  using Tile = ForwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
+                                                        : 1)) void Sm80ForwardKernel(const __grid_constant__ Arguments args,
+                                                                                     const __grid_constant__ Launch launch) {
+  using Tile = Sm80ForwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
   extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const stages = queries + Tile::kQueryElements;
 
-  Work work;
-  if (!FindWork(args, launch, blockIdx.x, launch.sequences, true, &work)) return;
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.sequences, true, &work)) return;
   const View view = FindView(args, launch, work.sequence, work.batch);
   const int existing = CountBelow(launch, work.sequence, args.positions);
   const int first = work.tile * Tile::kQueries;
@@ -76,8 +76,8 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
     WaitForCopies<Tile::kStages - 1>();
     __syncthreads();
     const T* keys = stages + stage * Tile::kStage;
-    softmax.template Attend<Tile::kKeys>(context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, keys,
-                                         keys + Tile::kKeyElements);
+    Attend<Tile::kKeys>(&softmax, context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, keys,
+                        keys + Tile::kKeyElements);
     __syncthreads();
     if (Tile::kStages == 1) {
       if (another) load(next, 0);
@@ -94,4 +94,4 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_FORWARD_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_FORWARD_CUH_

@@ -64,7 +64,7 @@ def build(folder=ROOT / "build" / "cuda", flags=()):
     folder.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major == 9 else "")
-    newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.*"), *SOURCES.parent.glob("*.h")])
+    newest = max(path.stat().st_mtime for path in [*SOURCES.rglob("*.*"), *SOURCES.parent.glob("*.h")])
 
     def compile_one(job):
         source, name, defines = job
@@ -80,7 +80,7 @@ def build(folder=ROOT / "build" / "cuda", flags=()):
         for depths in reversed(range(5))
         for dtype in range(3)
     ]
-    jobs += [(source, source.stem, []) for source in SOURCES.glob("*.cc")]
+    jobs += [(source, source.stem, []) for source in SOURCES.rglob("*.cc")]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, jobs))
     library = folder / "libstf_attention_cuda.so"

@@ -1,17 +1,17 @@
 // Short sequences, packed several to a block: each tensor's rows come to shared memory once and serve as queries and as keys, and backward
 // needs one pass. A launch has a single component of kind STF_STRIDED (own blocks come as such too, in views of step 1).
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_PACKED_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_PACKED_CUH_
 
-#include "custom_ops/attention/cuda/epilogue.cuh"
-#include "custom_ops/attention/cuda/tile.cuh"
-#include "custom_ops/attention/cuda/work.cuh"
+#include "custom_ops/attention/cuda/common/epilogue.cuh"
+#include "custom_ops/attention/cuda/common/scheduler.cuh"
+#include "custom_ops/attention/cuda/sm80/mainloop.cuh"
 
 namespace stf {
 namespace cuda {
 
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
-struct PackedTile {
+struct Sm80PackedTile {
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
   static constexpr int kKeyElements = kRows * kPitch<T, kKeyDepth>, kValueElements = kRows * kPitch<T, kValueDepth>;
   static constexpr int kForwardBytes = Sm80PackedBytes(kPackedForward, sizeof(T), {kKeyDepth, kValueDepth}, kRows);
@@ -29,7 +29,7 @@ struct PackedWarp {
 };
 
 // The sequence of a tile's row, and the row in it; -1 where there is none.
-__device__ inline int PackedSequence(const Launch& launch, const Work& work, int row, int* sequence_row) {
+__device__ inline int PackedSequence(const Launch& launch, const TileIndex& work, int row, int* sequence_row) {
   const int packs = 1 + (launch.packed_rows <= 32), pack = packs == 2 ? row / 32 : 0;
   const int sequence = work.sequence * packs + pack;
   *sequence_row = row - pack * 32;
@@ -37,14 +37,14 @@ __device__ inline int PackedSequence(const Launch& launch, const Work& work, int
 }
 
 // Position of a tile's row, or -1 where there is none.
-__device__ inline int PackedPosition(const Launch& launch, const Work& work, int length, int row) {
+__device__ inline int PackedPosition(const Launch& launch, const TileIndex& work, int length, int row) {
   int sequence_row;
   const int sequence = PackedSequence(launch, work, row, &sequence_row);
   const int position = sequence * launch.sequence_step + sequence_row * launch.step;
   return sequence >= 0 && position < length ? position : -1;
 }
 
-__device__ inline PackedWarp FindPackedWarp(const Arguments& args, const Launch& launch, const Work& work) {
+__device__ inline PackedWarp FindPackedWarp(const Arguments& args, const Launch& launch, const TileIndex& work) {
   const int warp_row = threadIdx.x / 32 * 16;
   PackedWarp warp = {{0, 1, 0}, 0, 0, 0};
   const int sequence = PackedSequence(launch, work, warp_row, &warp.row);
@@ -57,7 +57,7 @@ __device__ inline PackedWarp FindPackedWarp(const Arguments& args, const Launch&
 
 // The thread's two rows of a tensor; null where there is none.
 template <typename T>
-__device__ void PackedRows(T* (&rows)[2], const stf_tensor& tensor, const Work& work, const PackedWarp& warp) {
+__device__ void PackedRows(T* (&rows)[2], const stf_tensor& tensor, const TileIndex& work, const PackedWarp& warp) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = warp.row + threadIdx.x % 32 / 4 + 8 * r;
@@ -66,16 +66,16 @@ __device__ void PackedRows(T* (&rows)[2], const stf_tensor& tensor, const Work& 
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps, bool kPartial>
-__global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_constant__ Arguments args,
-                                                                   const __grid_constant__ Launch launch) {
-  using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
+__global__ __launch_bounds__(32 * kWarps) void Sm80PackedForwardKernel(const __grid_constant__ Arguments args,
+                                                                       const __grid_constant__ Launch launch) {
+  using Tile = Sm80PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
   extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const keys = queries + Tile::kKeyElements;
   T* const values = keys + Tile::kKeyElements;
 
-  Work work;
-  if (!FindWork(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
@@ -104,18 +104,17 @@ __global__ __launch_bounds__(32 * kWarps) void PackedForwardKernel(const __grid_
   constexpr int kKeys = kWarps == 4 ? 64 : 32;
   for (int begin = 0; begin < rows; begin += kKeys) {
     const Segment segment = {component, begin, min(kKeys, rows - begin)};
-    softmax.template Attend<kKeys>(context, segment, warp.row, rows, queries + (warp.tile_row + warp.row) * kPitch<T, kKeyDepth>,
-                                   keys + (warp.tile_row + begin) * kPitch<T, kKeyDepth>,
-                                   values + (warp.tile_row + begin) * kPitch<T, kValueDepth>);
+    Attend<kKeys>(&softmax, context, segment, warp.row, rows, queries + (warp.tile_row + warp.row) * kPitch<T, kKeyDepth>,
+                  keys + (warp.tile_row + begin) * kPitch<T, kKeyDepth>, values + (warp.tile_row + begin) * kPitch<T, kValueDepth>);
   }
   softmax.Finish();
   find_rows().Store(&softmax, args, launch, args.vector);
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps>
-__global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid_constant__ Arguments args,
-                                                                    const __grid_constant__ Launch launch) {
-  using Tile = PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
+__global__ __launch_bounds__(32 * kWarps) void Sm80PackedBackwardKernel(const __grid_constant__ Arguments args,
+                                                                        const __grid_constant__ Launch launch) {
+  using Tile = Sm80PackedTile<T, kKeyDepth, kValueDepth, kWarps>;
   extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const keys = queries + Tile::kKeyElements;
@@ -124,8 +123,8 @@ __global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid
   float* const log_sum_exps = reinterpret_cast<float*>(grads + Tile::kValueElements);
   float* const deltas = log_sum_exps + Tile::kRows;
 
-  Work work;
-  if (!FindWork(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
@@ -191,7 +190,7 @@ __global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid
     Scale(sum, args.scale);
     PackedRows(targets, args.query_grad, work, warp);
     PackedRows(partial, args.query_partial, work, warp);
-    Deliver<T, kKeyDepth>(sum, targets, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
+    StoreGradient<T, kKeyDepth>(sum, targets, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
   }
   float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
   Clear(key_sum);
@@ -206,13 +205,14 @@ __global__ __launch_bounds__(32 * kWarps) void PackedBackwardKernel(const __grid
   Scale(key_sum, args.scale);
   PackedRows(targets, args.key_grad, work, warp);
   PackedRows(partial, args.key_partial, work, warp);
-  Deliver<T, kKeyDepth>(key_sum, targets, partial, args.key_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
+  StoreGradient<T, kKeyDepth>(key_sum, targets, partial, args.key_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
   PackedRows(targets, args.value_grad, work, warp);
   PackedRows(partial, args.value_partial, work, warp);
-  Deliver<T, kValueDepth>(value_sum, targets, partial, args.value_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
+  StoreGradient<T, kValueDepth>(value_sum, targets, partial, args.value_depth, args.vector, launch.key_first, launch.key_last,
+                                launch.key_write);
 }
 
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_PACKED_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_PACKED_CUH_

@@ -1,9 +1,9 @@
 // The ends of the kernels: results to their tensors, or, between the launches of a call, to float32 sums.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_EPILOGUE_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_EPILOGUE_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_EPILOGUE_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_EPILOGUE_CUH_
 
-#include "custom_ops/attention/cuda/rows.cuh"
-#include "custom_ops/attention/cuda/work.cuh"
+#include "custom_ops/attention/cuda/common/rows.cuh"
+#include "custom_ops/attention/cuda/common/scheduler.cuh"
 
 namespace stf {
 namespace cuda {
@@ -71,7 +71,7 @@ struct OutputRows {
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      if (log_sum_exp[r] && threadIdx.x % 4 == 0) *log_sum_exp[r] = softmax->most[r];
+      if (log_sum_exp[r] && threadIdx.x % 4 == 0) *log_sum_exp[r] = softmax->row_max[r];
     }
   }
 };
@@ -79,8 +79,8 @@ struct OutputRows {
 // The end of a gradient in one launch: what earlier launches summed is added; the sum goes to `rows`, stays partial for later ones, or
 // both.
 template <typename T, int kDepth>
-__device__ inline void Deliver(float (&sum)[kDepth / 8][4], T* const (&rows)[2], float* const (&partial)[2], int depth, bool vector,
-                               bool first, bool last, bool write) {
+__device__ inline void StoreGradient(float (&sum)[kDepth / 8][4], T* const (&rows)[2], float* const (&partial)[2], int depth, bool vector,
+                                     bool first, bool last, bool write) {
   if (!first) {
     EachPartial<T, kDepth>(sum, partial, depth, vector, [](float2& x, float2& y) {
       x.x += y.x;
@@ -96,4 +96,4 @@ __device__ inline void Deliver(float (&sum)[kDepth / 8][4], T* const (&rows)[2],
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_EPILOGUE_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_EPILOGUE_CUH_

@@ -1,6 +1,6 @@
 // Tensors as Hopper's copy engine knows them.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_TENSOR_MAPS_H_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_TENSOR_MAPS_H_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_TENSOR_MAPS_H_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_TENSOR_MAPS_H_
 
 #include <memory>
 
@@ -18,4 +18,4 @@ int MapsOf(Pass pass, int key_depth, int value_depth, const Arguments& args, con
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_TENSOR_MAPS_H_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_TENSOR_MAPS_H_

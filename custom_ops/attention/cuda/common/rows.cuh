@@ -1,9 +1,9 @@
 // Rows of tensors to shared memory, and accumulators to and from rows, 16 bytes at a time where the tensors allow it.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_ROWS_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_ROWS_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ROWS_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ROWS_CUH_
 
-#include "custom_ops/attention/cuda/arguments.h"
-#include "custom_ops/attention/cuda/matrix.cuh"
+#include "custom_ops/attention/cuda/common/arguments.h"
+#include "custom_ops/attention/cuda/common/mma.cuh"
 
 namespace stf {
 namespace cuda {
@@ -77,7 +77,7 @@ __device__ inline void TransposeQuad(uint32_t (&x)[4]) {
   }
 }
 
-// Accumulators over depth (see matrix.cuh) to and from two rows of a tensor: the thread's rows lane / 4 and lane / 4 + 8. A null row is
+// Accumulators over depth (see mma.cuh) to and from two rows of a tensor: the thread's rows lane / 4 and lane / 4 + 8. A null row is
 // not touched.
 template <typename T, int kDepth>
 struct Sums {
@@ -212,4 +212,4 @@ __device__ void SumProducts(float* delta, const T* grads, const T* output, int64
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_ROWS_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ROWS_CUH_

@@ -1,4 +1,4 @@
-#include "custom_ops/attention/cuda/tensor_maps.h"
+#include "custom_ops/attention/cuda/sm90/tensor_maps.h"
 
 #include <cuda.h>
 
@@ -31,7 +31,7 @@ struct Numbering {
   int64_t sequences, sequence_step, count, step;
 };
 
-// Rows are cut into panels as group_matrix.cuh has them.
+// Rows are cut into panels as wgmma.cuh has them.
 cudaError_t Make(const Arguments& args, const stf_tensor& tensor, int depth, int tile_depth, const Numbering& numbering, int rows,
                  TensorMap* map) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's size");

@@ -1,20 +1,20 @@
 // From a block's index to its piece of work.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_WORK_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_WORK_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_SCHEDULER_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_SCHEDULER_CUH_
 
-#include "custom_ops/attention/cuda/mask.cuh"
+#include "custom_ops/attention/cuda/common/sets.cuh"
 
 namespace stf {
 namespace cuda {
 
-struct Work {
+struct TileIndex {
   int batch, head, program, sequence, tile;
   Head components;
 };
 
 // Heads are innermost, then sequences, so that blocks that run together read neighbouring memory; the last tiles, which are the longest
 // ones where the pattern is causal, come first. False where the head does not exist.
-__device__ inline bool FindWork(const Arguments& args, const Launch& launch, int index, int sequences, bool last_first, Work* work) {
+__device__ inline bool FindTile(const Arguments& args, const Launch& launch, int index, int sequences, bool last_first, TileIndex* work) {
   const int slot = index % launch.head_slots, program = slot % launch.programs;
   index /= launch.head_slots;
   work->sequence = index % sequences;
@@ -56,4 +56,4 @@ __device__ inline int64_t StatisticsBase(const Arguments& args, int batch, int h
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_WORK_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_SCHEDULER_CUH_

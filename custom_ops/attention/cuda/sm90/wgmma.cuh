@@ -1,23 +1,23 @@
 // The two matrix products of attention for a warpgroup, 64 rows at a time, on Hopper's asynchronous tensor cores (wgmma):
-//   GroupScores:    sum[64, kColumns] = A[64, depth] * B[kColumns, depth]^T, both in shared memory
-//   GroupWeighted:  sum[64, depth] += P[64, kRows] * B[kRows, depth], P in registers
-// Halves only, sm_90a only; for all else see matrix.cuh, whose accumulators these share: a warp's are rows 16 * warp on.
+//   MultiplyScores:    sum[64, kColumns] = A[64, depth] * B[kColumns, depth]^T, both in shared memory
+//   MultiplyWeighted:  sum[64, depth] += P[64, kRows] * B[kRows, depth], P in registers
+// Halves only, sm_90a only; for all else see common/mma.cuh, whose accumulators these share: a warp's are rows 16 * warp on.
 //
 // A tile lies in shared memory in panels of 64 columns (32 where the depth is 32), a panel's rows one after another, and in every row the
 // 16-byte chunks swizzled as wgmma knows it: by the row's index within 8 (by half of it within 4). A row's chunks stay together in 128
 // bytes: copies that scatter them fetch every sector twice.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MATRIX_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MATRIX_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_WGMMA_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_WGMMA_CUH_
 
 #include <type_traits>
 
-#include "custom_ops/attention/cuda/rows.cuh"
+#include "custom_ops/attention/cuda/common/rows.cuh"
 
 namespace stf {
 namespace cuda {
 
 template <int kDepth, int kRows>
-struct GroupTile {
+struct SharedTile {
   static constexpr int kRowBytes = kDepth == 32 ? 64 : 128, kEight = 8 * kRowBytes;  // of a panel's row, of eight
   static constexpr int kChunks = kDepth / 8, kRowChunks = kRowBytes / 16;
   static constexpr int kPanel = kRows * kRowBytes, kBytes = kDepth * 2 / kRowBytes * kPanel;
@@ -35,7 +35,7 @@ __device__ inline uint32_t SharedAddress(const void* shared) { return static_cas
 // rows. Of its two words only the low one varies.
 template <int kDepth, int kRows>
 __device__ inline uint64_t Describe(uint32_t address, int offset) {
-  using Tile = GroupTile<kDepth, kRows>;
+  using Tile = SharedTile<kDepth, kRows>;
   const uint32_t low = (address >> 4 | (Tile::kPanel >> 4) << 16) + (offset >> 4);
   return static_cast<uint64_t>(Tile::kEight >> 4) << 32 | Tile::kSwizzle | low;
 }
@@ -128,7 +128,7 @@ __device__ inline void WaitForProducts() {
 
 // Keeps the compiler from moving other uses of registers across products that still write them.
 template <int kBlocks>
-__device__ inline void Pin(float (&sum)[kBlocks][4]) {
+__device__ inline void FenceRegisters(float (&sum)[kBlocks][4]) {
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
 #pragma unroll
@@ -138,9 +138,9 @@ __device__ inline void Pin(float (&sum)[kBlocks][4]) {
 
 // a: the address of 64 rows in a tile of kRowsA; b: that of 8 * kBlocks rows in a tile of kRowsB.
 template <typename T, int kDepth, int kRowsA, int kRowsB, int kBlocks>
-__device__ inline void GroupScores(float (&sum)[kBlocks][4], uint32_t a, uint32_t b) {
-  using A = GroupTile<kDepth, kRowsA>;
-  using B = GroupTile<kDepth, kRowsB>;
+__device__ inline void MultiplyScores(float (&sum)[kBlocks][4], uint32_t a, uint32_t b) {
+  using A = SharedTile<kDepth, kRowsA>;
+  using B = SharedTile<kDepth, kRowsB>;
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) {
     const int panel = 2 * k / A::kRowChunks, within = 2 * k % A::kRowChunks * 16;
@@ -151,10 +151,10 @@ __device__ inline void GroupScores(float (&sum)[kBlocks][4], uint32_t a, uint32_
 
 // b: the address of 16 * kSixteens rows in a tile of kRows; p: see PackWeights.
 template <typename T, int kDepth, int kRows, int kSixteens>
-__device__ inline void GroupWeighted(float (&sum)[kDepth / 8][4], const uint32_t (&p)[kSixteens][4], uint32_t b) {
+__device__ inline void MultiplyWeighted(float (&sum)[kDepth / 8][4], const uint32_t (&p)[kSixteens][4], uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kSixteens; k++) {
-    IssueWeighted<T>(sum, p[k], Describe<kDepth, kRows>(b, 2 * k * GroupTile<kDepth, kRows>::kEight));
+    IssueWeighted<T>(sum, p[k], Describe<kDepth, kRows>(b, 2 * k * SharedTile<kDepth, kRows>::kEight));
   }
 }
 
@@ -173,19 +173,19 @@ __device__ inline void PackWeights(uint32_t (&p)[kBlocks / 2][4], const float (&
 // tile[row] = the row at position place(row) of a tensor; zeros where that is negative, and beyond `depth`. Rows are read 16 bytes at a
 // time.
 template <typename T, int kDepth, int kRows, int kThreads, typename Place>
-__device__ void LoadGroupRows(uint32_t tile, const T* base, int64_t stride, int depth, Place place) {
+__device__ void LoadSharedTile(uint32_t tile, const T* base, int64_t stride, int depth, Place place) {
   constexpr int kChunks = kDepth / 8, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "every thread copies the same chunk of as many rows");
   const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
   static_assert(kStep % 8 == 0, "a thread's rows are swizzled alike");
-  tile += GroupTile<kDepth, kRows>::Offset(first, chunk);
+  tile += SharedTile<kDepth, kRows>::Offset(first, chunk);
   const bool inside = 8 * chunk < depth;
   base += inside ? 8 * chunk : 0;
 #pragma unroll
   for (int i = 0; i < kRows; i += kStep) {
     const int position = inside ? place(first + i) : -1;
     const T* from = base + max(position, 0) * stride;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + i * GroupTile<kDepth, kRows>::kRowBytes), "l"(from),
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + i * SharedTile<kDepth, kRows>::kRowBytes), "l"(from),
                  "r"(position >= 0 ? 16 : 0)
                  : "memory");
   }
@@ -202,4 +202,4 @@ __device__ inline void FinishCopies() {
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MATRIX_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_WGMMA_CUH_

@@ -1,18 +1,18 @@
 // Backward, in two passes without atomics, so that the same call gives the same bits: one by tiles of queries for the query gradients (it
 // also leaves delta for the other), one by tiles of keys for the key and value gradients. A later launch adds to what an earlier one wrote.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_BACKWARD_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_BACKWARD_CUH_
 
-#include "custom_ops/attention/cuda/epilogue.cuh"
-#include "custom_ops/attention/cuda/tile.cuh"
-#include "custom_ops/attention/cuda/work.cuh"
+#include "custom_ops/attention/cuda/common/epilogue.cuh"
+#include "custom_ops/attention/cuda/common/scheduler.cuh"
+#include "custom_ops/attention/cuda/sm80/mainloop.cuh"
 
 namespace stf {
 namespace cuda {
 
 // Shared memory of both passes: rows of the block's own tile, then stages of the rows that it visits.
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kTileVisited, int kTileStages>
-struct BackwardTile {
+struct Sm80BackwardTile {
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps, kVisited = kTileVisited, kStages = kTileStages;
   static constexpr int kOwn = kRows * (kPitch<T, kKeyDepth> + kPitch<T, kValueDepth>);  // elements
   static constexpr int kStage = kVisited * (kPitch<T, kKeyDepth> + kPitch<T, kValueDepth>)+2 * kVisited * sizeof(float) / sizeof(T);
@@ -21,17 +21,17 @@ struct BackwardTile {
 };
 
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages>
-__global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void QueryGradKernel(const __grid_constant__ Arguments args,
-                                                                                     const __grid_constant__ Launch launch) {
-  using Tile = BackwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
+__global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void Sm80QueryGradKernel(const __grid_constant__ Arguments args,
+                                                                                         const __grid_constant__ Launch launch) {
+  using Tile = Sm80BackwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
   extern __shared__ __align__(1024) char shared[];
   T* const queries = reinterpret_cast<T*>(shared);
   T* const grads = queries + Tile::kRows * kPitch<T, kKeyDepth>;
   T* const stages = queries + Tile::kOwn;
   float* const deltas = reinterpret_cast<float*>(stages + Tile::kStages * Tile::kStage);
 
-  Work work;
-  if (!FindWork(args, launch, blockIdx.x, launch.sequences, true, &work)) return;
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.sequences, true, &work)) return;
   const View view = FindView(args, launch, work.sequence, work.batch);
   const int existing = CountBelow(launch, work.sequence, args.positions);
   const int first = work.tile * Tile::kRows;
@@ -113,22 +113,21 @@ __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void QueryGradKe
   }
   WaitForCopies<0>();
   Scale(sum, args.scale);
-  Deliver<T, kKeyDepth>(sum, grad_rows, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
+  StoreGradient<T, kKeyDepth>(sum, grad_rows, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
 }
 
 // The launch's members number their keys alike: all by position, or one summary or strided component in its own way.
 template <typename T, int kKeyDepth, int kValueDepth, int kWarps, int kVisited, int kStages, Part kPart>
-__global__ __launch_bounds__(128,
-                             (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1)) void KeyGradKernel(const __grid_constant__ Arguments args,
-                                                                                                 const __grid_constant__ Launch launch) {
-  using Tile = BackwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
+__global__ __launch_bounds__(128, (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1)) void Sm80KeyGradKernel(
+    const __grid_constant__ Arguments args, const __grid_constant__ Launch launch) {
+  using Tile = Sm80BackwardTile<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages>;
   extern __shared__ __align__(1024) char shared[];
   T* const keys = reinterpret_cast<T*>(shared);
   T* const values = keys + Tile::kRows * kPitch<T, kKeyDepth>;
   T* const stages = keys + Tile::kOwn;
 
-  Work work;
-  if (!FindWork(args, launch, blockIdx.x, launch.sequences, false, &work)) return;
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.sequences, false, &work)) return;
   const View view = FindView(args, launch, work.sequence, work.batch);
   const Head& head = work.components;
   const Component plain = {STF_CAUSAL, 0, 0, 0, 0, 0, 0};
@@ -210,16 +209,17 @@ __global__ __launch_bounds__(128,
   if (kPart != kValuePart) {
     Scale(key_sum, args.scale);
     find_rows(args.key_grad, args.key_partial);
-    Deliver<T, kKeyDepth>(key_sum, grad_rows, partial, args.key_depth, args.vector, launch.key_first, launch.key_last, launch.key_write);
+    StoreGradient<T, kKeyDepth>(key_sum, grad_rows, partial, args.key_depth, args.vector, launch.key_first, launch.key_last,
+                                launch.key_write);
   }
   if (kPart != kKeyPart) {
     find_rows(args.value_grad, args.value_partial);
-    Deliver<T, kValueDepth>(value_sum, grad_rows, partial, args.value_depth, args.vector, launch.key_first, launch.key_last,
-                            launch.key_write);
+    StoreGradient<T, kValueDepth>(value_sum, grad_rows, partial, args.value_depth, args.vector, launch.key_first, launch.key_last,
+                                  launch.key_write);
   }
 }
 
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_BACKWARD_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_BACKWARD_CUH_

@@ -1,17 +1,17 @@
-// How warpgroups get their tiles: one warp of the block asks Hopper's copy engine for them, a ring of stages ahead of the warpgroups, and
-// barriers in shared memory say when a stage is full and when it is empty again. Blocks stay for several tiles of rows where the launch
-// says so, and the ring does not stop between them.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_STREAM_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_STREAM_CUH_
+// The pipeline: a producer warp has Hopper's copy engine (TMA) fill a ring of stages ahead of the consumers, which are warpgroups, and
+// barriers in shared memory say when a stage is full and when it is empty again. Blocks of a persistent launch stay for several tiles of
+// rows, and the ring does not stop between them.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PIPELINE_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PIPELINE_CUH_
 
-#include "custom_ops/attention/cuda/group_mask.cuh"
-#include "custom_ops/attention/cuda/group_matrix.cuh"
+#include "custom_ops/attention/cuda/sm90/mask.cuh"
+#include "custom_ops/attention/cuda/sm90/wgmma.cuh"
 
 namespace stf {
 namespace cuda {
 
 // Barriers, 8 bytes of shared memory each.
-__device__ inline void StartBarrier(uint32_t barrier, int arrivals) {
+__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
@@ -27,7 +27,7 @@ __device__ inline void ArriveAfterCopies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ inline void WaitForPhase(uint32_t barrier, uint32_t phase) {
+__device__ inline void WaitBarrier(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(
           barrier),
@@ -35,9 +35,9 @@ __device__ inline void WaitForPhase(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 
-// A place in a ring; the phase changes with every round.
+// A stage of a ring; the phase changes with every round.
 template <int kStages>
-struct Turn {
+struct PipelineState {
   uint32_t stage = 0, phase = 0;
   __device__ void Next() {
     if (++stage == kStages) {
@@ -52,7 +52,7 @@ struct Turn {
 template <int kDepth, int kRows, typename Index>
 __device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, uint32_t barrier, int batch, int head, int sequence,
                                 Index index) {
-  using Tile = GroupTile<kDepth, kRows>;
+  using Tile = SharedTile<kDepth, kRows>;
   constexpr int kPanels = Tile::kBytes / Tile::kPanel;
   for (int row = 0; row < kRows; row += box) {
     const int at = index(row);
@@ -70,7 +70,7 @@ __device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, ui
 // Rows of a tile from `begin` on become zeros. For a warpgroup, whose tensor cores may read them after that.
 template <int kDepth, int kRows>
 __device__ inline void ClearRows(uint32_t tile, int begin, int end) {
-  using Tile = GroupTile<kDepth, kRows>;
+  using Tile = SharedTile<kDepth, kRows>;
   for (int i = threadIdx.x % 128; i < (end - begin) * Tile::kChunks; i += 128) {
     const uint32_t at = tile + Tile::Offset(begin + i / Tile::kChunks, i % Tile::kChunks);
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
@@ -78,19 +78,19 @@ __device__ inline void ClearRows(uint32_t tile, int begin, int end) {
 }
 
 // The warpgroup's threads wait for one another; what they wrote to shared memory may then be read by its tensor cores.
-__device__ inline void JoinGroup() {
+__device__ inline void SyncWarpgroup() {
   FenceShared();
   asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
 }
 
-// What the filling warp says of a stage.
-struct __align__(16) Note {
+// What the producer says of a stage.
+struct __align__(16) StageInfo {
   int component, begin, count, flags;  // component: of the head's; count 0: nothing to do
 };
-enum NoteFlag { kLastNote = 1, kClearUnused = 2 };  // of a tile's notes; whether rows of the stage are to become zeros
+enum StageFlag { kLastStage = 1, kClearUnused = 2 };  // of a tile's notes; whether rows of the stage are to become zeros
 
-// A tile of rows: queries, or keys where kByKey. As the filling warp says it.
-struct __align__(16) Job {
+// A tile of rows: queries, or keys where kByKey. As the producer finds it.
+struct __align__(16) WorkTile {
   int batch, head, program;   // batch -1: there are no more
   int existing, used, first;  // rows of the sequence, and those in use; the tile's first
   int start, count;           // of the view
@@ -100,8 +100,8 @@ struct __align__(16) Job {
   // False where there is nothing to do.
   template <bool kByKey>
   __device__ bool Find(const Arguments& args, const Launch& launch, int unit, int rows) {
-    Work work;
-    if (!FindWork(args, launch, unit, launch.sequences, !kByKey, &work)) return false;
+    TileIndex work;
+    if (!FindTile(args, launch, unit, launch.sequences, !kByKey, &work)) return false;
     batch = work.batch;
     head = work.head;
     program = work.program;
@@ -133,35 +133,37 @@ struct __align__(16) Job {
 
 // Shared memory of a block and registers of its threads: an Sm90Tile.
 template <Pass kPass, int kKeyDepth, int kValueDepth>
-struct StreamTile {
+struct KernelTile {
   static constexpr Sm90Tile kTile = FindSm90Tile(kPass, {kKeyDepth, kValueDepth});
-  static constexpr int kGroups = kTile.groups, kBlocks = kTile.blocks;
-  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128, kRows = kTile.rows();
-  // Registers of a thread: at the start, of the filling warp, of the others. A multiprocessor has 512 for each thread of a warpgroup.
-  static constexpr int kStartRegisters = 512 / (kBlocks * (kGroups + 1)) / 8 * 8, kFillRegisters = 32;
-  static constexpr int kLeft = (kStartRegisters * (kGroups + 1) - kFillRegisters) / kGroups / 8 * 8, kRegisters = kLeft < 240 ? kLeft : 240;
+  static constexpr int kWarpgroups = kTile.warpgroups, kBlocks = kTile.blocks;
+  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128, kRows = kTile.rows();
+  // Registers of a thread: at the start, of the producer, of the consumers. A multiprocessor has 512 for each thread of a warpgroup.
+  static constexpr int kStartRegisters = 512 / (kBlocks * (kWarpgroups + 1)) / 8 * 8, kProducerRegisters = 32;
+  static constexpr int kLeft = (kStartRegisters * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8,
+                       kConsumerRegisters = kLeft < 240 ? kLeft : 240;
   static constexpr int kOwnKeyBytes = kTile.own_key_bytes, kOwnBytes = kTile.own_bytes;
   static constexpr int kStageKeyBytes = kTile.stage_key_bytes, kStageBytes = kTile.stage_bytes;
   static constexpr int kOwnStages = kTile.own_stages, kStages = kTile.stages;
-  static constexpr int kRing = kTile.ring(), kStatistics = kTile.statistics(), kNotes = kTile.notes(), kJobs = kTile.jobs();
+  static constexpr int kRing = kTile.ring(), kStatistics = kTile.statistics(), kStageInfos = kTile.stage_infos(),
+                       kWorkTiles = kTile.work_tiles();
   static constexpr int kBarriers = kTile.barriers(), kBytes = kTile.bytes();
-  static_assert(sizeof(Note) == kNoteBytes && sizeof(Job) == kJobBytes, "as planned");
+  static_assert(sizeof(StageInfo) == kStageInfoBytes && sizeof(WorkTile) == kWorkTileBytes, "as planned");
 };
 
 // The addresses of all that.
 template <typename Tile>
-struct Stream {
+struct Pipeline {
   char* shared;
   uint32_t base;
 
-  __device__ explicit Stream(char* memory) : shared(memory), base(SharedAddress(memory)) {}
+  __device__ explicit Pipeline(char* memory) : shared(memory), base(SharedAddress(memory)) {}
   __device__ uint32_t Own(uint32_t stage) const { return base + stage * Tile::kOwnBytes; }
   __device__ uint32_t Stage(uint32_t stage) const { return base + Tile::kRing + stage * Tile::kStageBytes; }
   __device__ float* Statistics(uint32_t stage) const {
-    return reinterpret_cast<float*>(shared + Tile::kStatistics) + stage * 2 * kGroupColumns;
+    return reinterpret_cast<float*>(shared + Tile::kStatistics) + stage * 2 * kStageRows;
   }
-  __device__ Note* NoteOf(uint32_t stage) const { return reinterpret_cast<Note*>(shared + Tile::kNotes) + stage; }
-  __device__ Job* JobOf(uint32_t own) const { return reinterpret_cast<Job*>(shared + Tile::kJobs) + own; }
+  __device__ StageInfo* InfoOf(uint32_t stage) const { return reinterpret_cast<StageInfo*>(shared + Tile::kStageInfos) + stage; }
+  __device__ WorkTile* WorkTileOf(uint32_t own) const { return reinterpret_cast<WorkTile*>(shared + Tile::kWorkTiles) + own; }
   __device__ uint32_t Full(uint32_t stage) const { return base + Tile::kBarriers + 8 * stage; }
   __device__ uint32_t Empty(uint32_t stage) const { return Full(Tile::kStages + stage); }
   __device__ uint32_t OwnFull(uint32_t stage) const { return Full(2 * Tile::kStages + stage); }
@@ -171,12 +173,12 @@ struct Stream {
   __device__ void Start(int fills) const {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Tile::kStages; stage++) {
-        StartBarrier(Full(stage), fills);
-        StartBarrier(Empty(stage), Tile::kConsumers / 32);
+        InitBarrier(Full(stage), fills);
+        InitBarrier(Empty(stage), Tile::kConsumers / 32);
       }
       for (int stage = 0; stage < Tile::kOwnStages; stage++) {
-        StartBarrier(OwnFull(stage), 1);
-        StartBarrier(OwnEmpty(stage), Tile::kConsumers / 32);
+        InitBarrier(OwnFull(stage), 1);
+        InitBarrier(OwnEmpty(stage), Tile::kConsumers / 32);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       FenceShared();
@@ -185,83 +187,83 @@ struct Stream {
   }
 };
 
-// Registers are handed from the warpgroup of the filling warp, of which only that one goes on, to the others.
-template <int kRegisters>
-__device__ inline void GiveRegisters() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+// Registers are handed from the producer's warpgroup, of which one warp goes on, to the consumers.
+template <int kConsumerRegisters>
+__device__ inline void DeallocateRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
 }
-template <int kRegisters>
-__device__ inline void TakeRegisters() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+template <int kConsumerRegisters>
+__device__ inline void AllocateRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
 }
 
-// The filling warp's life. copy_own(job, tile, barrier) and copy(job, segment, stage, full) are called by lane 0, and by all lanes
-// copy_more(job, segment, stage, full), which arrives 32 times if at all.
-template <typename Tile, bool kByKey, bool kExtra, typename CopyOwn, typename Copy, typename CopyMore>
-__device__ inline void Fill(const Stream<Tile>& stream, const Arguments& args, const Launch& launch, CopyOwn copy_own, Copy copy,
-                            CopyMore copy_more) {
+// The producer warp. copy_own(work_tile, tile, barrier) and copy(work_tile, segment, tile, full) are called by lane 0, and by all lanes
+// copy_more(work_tile, segment, stage, full), which arrives 32 times if at all.
+template <typename Tile, bool kByKey, bool kGeneral, typename CopyOwn, typename Copy, typename CopyMore>
+__device__ inline void Produce(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, CopyOwn copy_own, Copy copy,
+                               CopyMore copy_more) {
   const bool first_lane = threadIdx.x % 32 == 0;
-  Turn<Tile::kOwnStages> own;
-  Turn<Tile::kStages> turn;
-  Job job;
-  for (int unit = blockIdx.x; unit < launch.units; unit += gridDim.x) {
-    if (!job.Find<kByKey>(args, launch, unit, Tile::kRows)) continue;
-    WaitForPhase(stream.OwnEmpty(own.stage), own.phase ^ 1);
+  PipelineState<Tile::kOwnStages> own;
+  PipelineState<Tile::kStages> state;
+  WorkTile work_tile;
+  for (int unit = blockIdx.x; unit < launch.work_tiles; unit += gridDim.x) {
+    if (!work_tile.Find<kByKey>(args, launch, unit, Tile::kRows)) continue;
+    WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
     if (first_lane) {
-      *stream.JobOf(own.stage) = job;
-      ArriveAndExpect(stream.OwnFull(own.stage), Tile::kOwnBytes);
-      copy_own(job, stream.Own(own.stage), stream.OwnFull(own.stage));
+      *pipeline.WorkTileOf(own.stage) = work_tile;
+      ArriveAndExpect(pipeline.OwnFull(own.stage), Tile::kOwnBytes);
+      copy_own(work_tile, pipeline.Own(own.stage), pipeline.OwnFull(own.stage));
     }
     own.Next();
-    const View view = job.ViewOf(launch);
-    const Head head = job.HeadOf(launch);
+    const View view = work_tile.ViewOf(launch);
+    const Head head = work_tile.HeadOf(launch);
     const Context context = {args, head, view};
-    GroupWalk<kByKey, kExtra> walk(context, job.first, job.end - 1);
-    GroupSegment next = {};
+    WarpgroupWalk<kByKey, kGeneral> walk(context, work_tile.first, work_tile.end - 1);
+    WarpgroupSegment next = {};
     bool more = walk.Next(&next);
     do {
       const bool any = more;
-      const GroupSegment segment = any ? next : GroupSegment{};
+      const WarpgroupSegment segment = any ? next : WarpgroupSegment{};
       more = any && walk.Next(&next);
-      WaitForPhase(stream.Empty(turn.stage), turn.phase ^ 1);
-      const uint32_t full = stream.Full(turn.stage);
-      copy_more(job, segment, turn.stage, full);
+      WaitBarrier(pipeline.Empty(state.stage), state.phase ^ 1);
+      const uint32_t full = pipeline.Full(state.stage);
+      copy_more(work_tile, segment, state.stage, full);
       if (first_lane) {
         const int component = any ? static_cast<int>(segment.component - head.components) : 0;
-        const int flags = (more ? 0 : kLastNote) | (args.lengths && segment.count < kGroupColumns ? kClearUnused : 0);
-        *stream.NoteOf(turn.stage) = {component, segment.begin, segment.count, flags};
+        const int flags = (more ? 0 : kLastStage) | (args.lengths && segment.count < kStageRows ? kClearUnused : 0);
+        *pipeline.InfoOf(state.stage) = {component, segment.begin, segment.count, flags};
         if (any) {
           ArriveAndExpect(full, Tile::kStageBytes);
-          copy(job, segment, stream.Stage(turn.stage), full);
+          copy(work_tile, segment, pipeline.Stage(state.stage), full);
         } else {
           Arrive(full);
         }
       }
-      turn.Next();
+      state.Next();
     } while (more);
   }
-  WaitForPhase(stream.OwnEmpty(own.stage), own.phase ^ 1);
+  WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
   if (first_lane) {
-    stream.JobOf(own.stage)->batch = -1;
-    Arrive(stream.OwnFull(own.stage));
+    pipeline.WorkTileOf(own.stage)->batch = -1;
+    Arrive(pipeline.OwnFull(own.stage));
   }
 }
 
 // A warpgroup's turns through the segments of one job: use(note, stage).
 template <typename Tile, typename Use>
-__device__ inline void Drain(const Stream<Tile>& stream, Turn<Tile::kStages>* turn, Use use) {
+__device__ inline void Consume(const Pipeline<Tile>& pipeline, PipelineState<Tile::kStages>* state, Use use) {
   while (true) {
-    WaitForPhase(stream.Full(turn->stage), turn->phase);
-    const Note note = *stream.NoteOf(turn->stage);
-    if (note.count) use(note, turn->stage);
+    WaitBarrier(pipeline.Full(state->stage), state->phase);
+    const StageInfo info = *pipeline.InfoOf(state->stage);
+    if (info.count) use(info, state->stage);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) Arrive(stream.Empty(turn->stage));
-    turn->Next();
-    if (note.flags & kLastNote) return;
+    if (threadIdx.x % 32 == 0) Arrive(pipeline.Empty(state->stage));
+    state->Next();
+    if (info.flags & kLastStage) return;
   }
 }
 
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_STREAM_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PIPELINE_CUH_

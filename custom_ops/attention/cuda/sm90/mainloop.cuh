@@ -1,15 +1,15 @@
-// The arithmetic of tile.cuh for a warpgroup: 64 rows by one segment, out of shared memory.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_TILE_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_TILE_CUH_
+// The arithmetic of attention for a warpgroup: 64 rows by one segment, out of shared memory.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_MAINLOOP_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_MAINLOOP_CUH_
 
-#include "custom_ops/attention/cuda/group_mask.cuh"
-#include "custom_ops/attention/cuda/group_matrix.cuh"
+#include "custom_ops/attention/cuda/sm90/mask.cuh"
+#include "custom_ops/attention/cuda/sm90/wgmma.cuh"
 
 namespace stf {
 namespace cuda {
 
 // Whether a condition holds for any of the warpgroup's threads.
-__device__ inline bool AnyOfGroup(bool condition) {
+__device__ inline bool AnyOfWarpgroup(bool condition) {
   int any;
   asm volatile("{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred q, %2, 128, p;\nselp.b32 %0, 1, 0, q;\n}\n"
                : "=r"(any)
@@ -18,23 +18,23 @@ __device__ inline bool AnyOfGroup(bool condition) {
   return any;
 }
 
-// Adds a segment's keys to 64 queries. *settled: whether all of the group's rows have a largest score. Then most segments change nothing
-// about those, and looking for larger ones takes as long as all else: weights are computed from the scores so far, and only where they turn
-// out too large it is done once more with care.
+// Adds a segment's keys to 64 queries. *settled: whether all of the warpgroup's rows have a largest score. Then most segments change
+// nothing about those, and looking for larger ones takes as long as all else: weights are computed from the scores so far, and only where
+// they turn out too large it is done once more with care.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
-__device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, bool* settled, const Context& context, const Mask& mask,
-                                   const GroupSegment& segment, int group_begin, int row_end, uint32_t query, uint32_t key,
-                                   uint32_t value) {
+__device__ inline void WarpgroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, bool* settled, const Context& context, const Mask& mask,
+                                       const WarpgroupSegment& segment, int warpgroup_begin, int row_end, uint32_t query, uint32_t key,
+                                       uint32_t value) {
   constexpr float kMost = 1024;  // the sum of the weights that a thread has of a row
-  float x[kGroupColumns / 8][4];
-  uint32_t p[kGroupColumns / 16][4];
+  float x[kStageRows / 8][4];
+  uint32_t p[kStageRows / 16][4];
   const float scale = context.args.scale, factor = (scale == 0 ? 1 : fabsf(scale)) * kLog2e;
   for (bool careful = !*settled;; careful = true) {
     BeginProducts();
-    GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
+    MultiplyScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
     CommitProducts();
     WaitForProducts();
-    Pin(x);
+    FenceRegisters(x);
     if (scale <= 0) {
 #pragma unroll
       for (auto& block : x) {
@@ -42,120 +42,121 @@ __device__ inline void GroupAttend(Softmax<T, kKeyDepth, kValueDepth>& softmax, 
         for (float& each : block) each = scale < 0 ? -each : 0;
       }
     }
-    if (mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = -INFINITY; })) careful = true;
-    float base[2] = {softmax.most[0], softmax.most[1]};
+    if (mask.Apply(context, segment, warpgroup_begin, row_end, [&](int b, int e) { x[b][e] = -INFINITY; })) careful = true;
+    float base[2] = {softmax.row_max[0], softmax.row_max[1]};
     if (careful) {
       float largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
       softmax.Largest(largest, x);
-      softmax.Raise(largest, factor, base);
+      softmax.RaiseMax(largest, factor, base);
     }
     float sum[4] = {0, 0, 0, 0};
     softmax.Exponentiate(x, factor, base, sum);
     PackWeights<T>(p, x);
     const bool doubt =
-        careful ? softmax.most[0] == -INFINITY || softmax.most[1] == -INFINITY : !(fmaxf(sum[0] + sum[1], sum[2] + sum[3]) <= kMost);
-    const bool any = AnyOfGroup(doubt);
+        careful ? softmax.row_max[0] == -INFINITY || softmax.row_max[1] == -INFINITY : !(fmaxf(sum[0] + sum[1], sum[2] + sum[3]) <= kMost);
+    const bool any = AnyOfWarpgroup(doubt);
     if (careful) *settled = !any;
     if (!careful && any) continue;
 #pragma unroll
-    for (int e = 0; e < 4; e++) softmax.total[e] += sum[e];
+    for (int e = 0; e < 4; e++) softmax.row_sum[e] += sum[e];
     break;
   }
-  Pin(softmax.sum);
+  FenceRegisters(softmax.sum);
   BeginProducts();
-  GroupWeighted<T, kValueDepth, kVisited>(softmax.sum, p, value);
+  MultiplyWeighted<T, kValueDepth, kVisited>(softmax.sum, p, value);
   CommitProducts();
   WaitForProducts();
-  Pin(softmax.sum);
+  FenceRegisters(softmax.sum);
 }
 
 // Adds a segment's keys to the query gradients of 64 queries, but for the factor scale.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
-__device__ inline void GroupAddQueryGrad(const Context& context, const Mask& mask, const GroupSegment& segment, int group_begin,
-                                         int row_end, uint32_t query, uint32_t output_grad, uint32_t key, uint32_t value,
-                                         const float (&log_sum_exp)[2], const float (&delta)[2], float (&sum)[kKeyDepth / 8][4]) {
-  float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
+__device__ inline void WarpgroupAddQueryGrad(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int warpgroup_begin,
+                                             int row_end, uint32_t query, uint32_t output_grad, uint32_t key, uint32_t value,
+                                             const float (&log_sum_exp)[2], const float (&delta)[2], float (&sum)[kKeyDepth / 8][4]) {
+  float x[kStageRows / 8][4], y[kStageRows / 8][4];
   BeginProducts();
-  GroupScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
+  MultiplyScores<T, kKeyDepth, kRows, kVisited>(x, query, key);
   CommitProducts();
-  GroupScores<T, kValueDepth, kRows, kVisited>(y, output_grad, value);
+  MultiplyScores<T, kValueDepth, kRows, kVisited>(y, output_grad, value);
   CommitProducts();
   WaitForProducts<1>();
-  Pin(x);
+  FenceRegisters(x);
 #pragma unroll
-  for (int b = 0; b < kGroupColumns / 8; b++) {
+  for (int b = 0; b < kStageRows / 8; b++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) x[b][e] = Weight<T>(x[b][e], context.args.scale, log_sum_exp[e / 2]);
   }
-  mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
+  mask.Apply(context, segment, warpgroup_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
   WaitForProducts();
-  Pin(y);
+  FenceRegisters(y);
 #pragma unroll
-  for (int b = 0; b < kGroupColumns / 8; b++) {
+  for (int b = 0; b < kStageRows / 8; b++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) x[b][e] *= y[b][e] - delta[e / 2];
   }
-  uint32_t p[kGroupColumns / 16][4];
+  uint32_t p[kStageRows / 16][4];
   PackWeights<T>(p, x);
-  Pin(sum);
+  FenceRegisters(sum);
   BeginProducts();
-  GroupWeighted<T, kKeyDepth, kVisited>(sum, p, key);
+  MultiplyWeighted<T, kKeyDepth, kVisited>(sum, p, key);
   CommitProducts();
   WaitForProducts();
-  Pin(sum);
+  FenceRegisters(sum);
 }
 
 // Adds a segment's queries to the key and value gradients of 64 keys, the former but for the factor scale. log_sum_exp and delta are the
 // queries', in shared memory.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask>
-__device__ inline void GroupAddKeyGrads(const Context& context, const Mask& mask, const GroupSegment& segment, int group_begin, int row_end,
-                                        uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad, const float* log_sum_exp,
-                                        const float* delta, float (&key_sum)[kKeyDepth / 8][4], float (&value_sum)[kValueDepth / 8][4]) {
-  float x[kGroupColumns / 8][4], y[kGroupColumns / 8][4];
-  float2 sums[kGroupColumns / 8], deltas[kGroupColumns / 8];
+__device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int warpgroup_begin,
+                                            int row_end, uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad,
+                                            const float* log_sum_exp, const float* delta, float (&key_sum)[kKeyDepth / 8][4],
+                                            float (&value_sum)[kValueDepth / 8][4]) {
+  float x[kStageRows / 8][4], y[kStageRows / 8][4];
+  float2 sums[kStageRows / 8], deltas[kStageRows / 8];
 #pragma unroll
-  for (int b = 0; b < kGroupColumns / 8; b++) {
+  for (int b = 0; b < kStageRows / 8; b++) {
     sums[b] = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
   }
   BeginProducts();
-  GroupScores<T, kKeyDepth, kRows, kVisited>(x, key, query);
+  MultiplyScores<T, kKeyDepth, kRows, kVisited>(x, key, query);
   CommitProducts();
-  GroupScores<T, kValueDepth, kRows, kVisited>(y, value, output_grad);
+  MultiplyScores<T, kValueDepth, kRows, kVisited>(y, value, output_grad);
   CommitProducts();
   WaitForProducts<1>();
-  Pin(x);
+  FenceRegisters(x);
 #pragma unroll
-  for (int b = 0; b < kGroupColumns / 8; b++) {
+  for (int b = 0; b < kStageRows / 8; b++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) x[b][e] = Weight<T>(x[b][e], context.args.scale, e % 2 ? sums[b].y : sums[b].x);
   }
-  mask.Apply(context, segment, group_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
-  uint32_t p[kGroupColumns / 16][4];
+  mask.Apply(context, segment, warpgroup_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
+  uint32_t p[kStageRows / 16][4];
   PackWeights<T>(p, x);
 #pragma unroll
-  for (int b = 0; b < kGroupColumns / 8; b++) {
+  for (int b = 0; b < kStageRows / 8; b++) {
     deltas[b] = *reinterpret_cast<const float2*>(delta + 8 * b + 2 * (threadIdx.x % 4));
   }
   WaitForProducts();
-  Pin(y);
-  Pin(value_sum);
+  FenceRegisters(y);
+  FenceRegisters(value_sum);
   BeginProducts();
-  GroupWeighted<T, kValueDepth, kVisited>(value_sum, p, output_grad);
+  MultiplyWeighted<T, kValueDepth, kVisited>(value_sum, p, output_grad);
   CommitProducts();
 #pragma unroll
-  for (int b = 0; b < kGroupColumns / 8; b++) {
+  for (int b = 0; b < kStageRows / 8; b++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) y[b][e] = x[b][e] * (y[b][e] - (e % 2 ? deltas[b].y : deltas[b].x));
   }
-  uint32_t q[kGroupColumns / 16][4];
+  uint32_t q[kStageRows / 16][4];
   PackWeights<T>(q, y);
-  Pin(key_sum);
+  FenceRegisters(key_sum);
   BeginProducts();
-  GroupWeighted<T, kKeyDepth, kVisited>(key_sum, q, query);
+  MultiplyWeighted<T, kKeyDepth, kVisited>(key_sum, q, query);
   CommitProducts();
   WaitForProducts();
-  Pin(key_sum);
-  Pin(value_sum);
+  FenceRegisters(key_sum);
+  FenceRegisters(value_sum);
 }
 
 // delta[r] = sum over depth of output * output_grad, for a thread's two rows, at positions place(0) and place(1); zero where that is
@@ -187,4 +188,4 @@ __device__ inline void GroupSumProducts(float (&delta)[2], const T* output, int6
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_TILE_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_MAINLOOP_CUH_

@@ -1,37 +1,37 @@
-// Which pairs of a warpgroup's 64 rows and a segment's columns stand: mask.cuh, found once for all segments of a component.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MASK_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MASK_CUH_
+// Which pairs of a warpgroup's 64 rows and a segment's columns stand: found once for all segments of a component.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_MASK_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_MASK_CUH_
 
-#include "custom_ops/attention/cuda/tile.cuh"
-#include "custom_ops/attention/cuda/work.cuh"
+#include "custom_ops/attention/cuda/common/scheduler.cuh"
+#include "custom_ops/attention/cuda/common/softmax.cuh"
 
 namespace stf {
 namespace cuda {
 
 // A piece of one component's walk, as Segment, the component where it lies.
-struct GroupSegment {
+struct WarpgroupSegment {
   const Component* component;
   int begin, count;
 };
 
 constexpr Interval kNothing = {INT32_MAX, 0};
 
-// What a thread's two rows, and its group's 64, need of one component: intervals of its numbering of columns. Found once for all segments
-// of the component.
-template <bool kByKey, bool kExtra>
-struct GroupMask {
+// What a thread's two rows, and its warpgroup's 64, need of one component: intervals of its numbering of columns. Found once for all
+// segments of the component.
+template <bool kByKey, bool kGeneral>
+struct WarpgroupMask {
   const Component* component = nullptr;
-  Interval rows[2], reach, common;  // the thread's rows' own; what any row of the group needs; what all do
+  Interval rows[2], reach, common;  // the thread's rows' own; what any row of the warpgroup needs; what all do
 
-  // Rows group_begin ... group_begin + 63; those from row_end on are not in use.
-  __device__ void Find(const Component* of, const View& view, int group_begin, int row_end) {
+  // Rows warpgroup_begin ... warpgroup_begin + 63; those from row_end on are not in use.
+  __device__ void Find(const Component* of, const View& view, int warpgroup_begin, int row_end) {
     component = of;
-    const int last = min(group_begin + 63, row_end - 1), row = group_begin + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const int last = min(warpgroup_begin + 63, row_end - 1), row = warpgroup_begin + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     reach = {0, 0};
     common = kNothing;
     rows[0] = rows[1] = {0, 0};
-    if (last < group_begin) return;
-    const int of_rows[4] = {group_begin, last, row, row + 8};
+    if (last < warpgroup_begin) return;
+    const int of_rows[4] = {warpgroup_begin, last, row, row + 8};
     Interval found[4];
     if constexpr (kByKey) {
       QueriesOf(*of, of_rows, view.count, found);
@@ -39,29 +39,29 @@ struct GroupMask {
       KeysOf(*of, of_rows, found);
     }
     reach = {found[0].low, found[1].high};
-    if (last == group_begin + 63) common = {found[1].low, found[0].high};
+    if (last == warpgroup_begin + 63) common = {found[1].low, found[0].high};
     if (row <= last) rows[0] = found[2];
     if (row + 8 <= last) rows[1] = found[3];
   }
 
-  __device__ bool Reaches(const GroupSegment& segment) const {
+  __device__ bool Reaches(const WarpgroupSegment& segment) const {
     return segment.begin < reach.high && segment.begin + segment.count > reach.low;
   }
 
   // Calls leave_out(block, e) for each element of the thread's accumulators that may not stand. Returns whether there may be any, the same
-  // for the whole group.
+  // for the whole warpgroup.
   template <typename LeaveOutElement>
-  __device__ bool Apply(const Context& context, const GroupSegment& segment, int group_begin, int row_end,
+  __device__ bool Apply(const Context& context, const WarpgroupSegment& segment, int warpgroup_begin, int row_end,
                         LeaveOutElement leave_out) const {
     const Component& c = *component;
-    const int end = segment.begin + segment.count, last = min(group_begin + 63, row_end - 1);
-    const bool extra = kExtra && (c.exclude || c.kind == STF_BLOCKS) &&
-                       (kByKey ? NeedsExtra(context.head, c, context.view, segment.begin, end - 1, group_begin, last)
-                               : NeedsExtra(context.head, c, context.view, group_begin, last, segment.begin, end - 1));
-    const bool low_cuts = segment.begin<common.low, high_cuts = segment.begin + kGroupColumns> common.high;
-    if (!extra && !low_cuts && !high_cuts) return false;
+    const int end = segment.begin + segment.count, last = min(warpgroup_begin + 63, row_end - 1);
+    const bool general = kGeneral && (c.exclude || c.kind == STF_BLOCKS) &&
+                         (kByKey ? NeedsExtra(context.head, c, context.view, segment.begin, end - 1, warpgroup_begin, last)
+                                 : NeedsExtra(context.head, c, context.view, warpgroup_begin, last, segment.begin, end - 1));
+    const bool low_cuts = segment.begin<common.low, high_cuts = segment.begin + kStageRows> common.high;
+    if (!general && !low_cuts && !high_cuts) return false;
     const int lane_column = segment.begin + threadIdx.x % 4 * 2;
-    if (!kExtra || !extra) {
+    if (!kGeneral || !general) {
       int low[2], high[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
@@ -70,7 +70,7 @@ struct GroupMask {
       }
       const auto each = [&](auto cut) {
 #pragma unroll
-        for (int b = 0; b < kGroupColumns / 8; b++) {
+        for (int b = 0; b < kStageRows / 8; b++) {
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             if (cut(8 * b + e % 2, e / 2)) leave_out(b, e);
@@ -87,7 +87,7 @@ struct GroupMask {
       return true;
     }
 #pragma unroll
-    for (int unit = 0; unit < kGroupColumns / kUnit; unit++) {
+    for (int unit = 0; unit < kStageRows / kUnit; unit++) {
       uint32_t bits = 0;
 #pragma unroll
       for (int x = 0; x < kUnit / 2; x++) {
@@ -95,7 +95,7 @@ struct GroupMask {
         const Interval& row = rows[x / 2 % 2];
         if (column >= row.low && column < min(row.high, end)) bits |= 1u << x;
       }
-      bits = LeaveOut<kByKey>(context.args, context.head, context.view, c, group_begin + threadIdx.x / 32 % 4 * 16,
+      bits = LeaveOut<kByKey>(context.args, context.head, context.view, c, warpgroup_begin + threadIdx.x / 32 % 4 * 16,
                               segment.begin + unit * kUnit, bits);
 #pragma unroll
       for (int x = 0; x < kUnit / 2; x++) {
@@ -106,14 +106,14 @@ struct GroupMask {
   }
 };
 
-// Walk (mask.cuh) for a block: segments of kGroupColumns.
-template <bool kByKey, bool kExtra>
-class GroupWalk {
+// Walk (sm80/mask.cuh) for a block: segments of kStageRows.
+template <bool kByKey, bool kGeneral>
+class WarpgroupWalk {
  public:
-  __device__ GroupWalk(const Context& context, int first, int last)
+  __device__ WarpgroupWalk(const Context& context, int first, int last)
       : context_(context), first_(first), last_(last), left_(last < first ? 0 : context.head.members) {}
 
-  __device__ bool Next(GroupSegment* segment) {
+  __device__ bool Next(WarpgroupSegment* segment) {
     while (true) {
       while (next_ >= end_) {
         if (!left_) return false;
@@ -124,9 +124,9 @@ class GroupWalk {
         next_ = (kByKey ? QueriesOf(c, first_, count) : KeysOf(c, first_)).low;
         end_ = kByKey ? min(QueriesOf(c, last_, count).high, count) : KeysOf(c, last_).high;
       }
-      *segment = {component_, next_, min(kGroupColumns, end_ - next_)};
-      next_ += kGroupColumns;
-      if (!kExtra || component_->kind != STF_BLOCKS || AnyBlock(segment->begin, segment->begin + segment->count - 1)) return true;
+      *segment = {component_, next_, min(kStageRows, end_ - next_)};
+      next_ += kStageRows;
+      if (!kGeneral || component_->kind != STF_BLOCKS || AnyBlock(segment->begin, segment->begin + segment->count - 1)) return true;
     }
   }
 
@@ -146,4 +146,4 @@ class GroupWalk {
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_GROUP_MASK_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_MASK_CUH_

@@ -1,10 +1,10 @@
-// What host and kernels share: a call's tensors, and one launch's programs and numbering of work.
+// What host and kernels share: a call's tensors, and one launch's programs and numbering of tiles.
 //
 // Legend: B batch, T positions, H heads, D depth. A launch walks *sequences* of queries: query m of sequence s stands at position
 // s * sequence_step + m * step. Plain positions are one sequence with step 1; stride l has l sequences with step l; own blocks of l are
 // T / l sequences with step 1, l positions apart.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_ARGUMENTS_H_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_ARGUMENTS_H_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ARGUMENTS_H_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ARGUMENTS_H_
 
 #include <stdint.h>
 
@@ -37,14 +37,14 @@ struct Arguments {
   bool vector;  // whether rows may be read and written 16 bytes at a time
 };
 
-constexpr int kMostComponents = 64;  // in a launch; a single head has 63 at the most
-constexpr int kMostPrograms = 64;
+constexpr int kMaxComponents = 64;  // in a launch; a single head has 63 at the most
+constexpr int kMaxPrograms = 64;
 
 struct Launch {
-  Component components[kMostComponents];
-  uint64_t members[kMostPrograms];  // of a program's components, those that this launch is about; bit 0 is `begin`
-  int16_t begin[kMostPrograms];     // a program's first component
-  int32_t number[kMostPrograms];    // of the program: heads number, number + period, ... run it
+  Component components[kMaxComponents];
+  uint64_t members[kMaxPrograms];  // of a program's components, those that this launch is about; bit 0 is `begin`
+  int16_t begin[kMaxPrograms];     // a program's first component
+  int32_t number[kMaxPrograms];    // of the program: heads number, number + period, ... run it
   int32_t programs, period, component_count;
   int32_t head_slots;                               // programs * the most heads that one of them has
   int32_t sequences, sequence_step, step, longest;  // longest: positions of the longest sequence
@@ -52,11 +52,11 @@ struct Launch {
   bool first, last;                                 // whether nothing was, or will be, added to the queries' results by other launches
   bool key_first, key_last;                         // the same of the keys' gradients
   bool key_write;                                   // whether the keys' gradients are written: last, or the last that has some of the keys
-  bool groups;                                      // whether warpgroups do it (group_kernels.cuh)
-  bool extra;                                       // whether some component is a block layout or leaves out others
+  bool sm90;                                        // whether its kernels are those of Hopper (sm90/)
+  bool general;                                     // whether some component is a block layout or leaves out others
   int32_t packed_rows;                              // packed: rows of a tile that a sequence takes; for warpgroups its length
-  int64_t units;                                    // for warpgroups: pieces of work in all
-  bool brief;                                       // whether each is short: a block then takes every gridDim.x-th
+  int64_t work_tiles;                               // sm90: tiles of rows in all
+  bool persistent;                                  // sm90: blocks stay, and take every gridDim.x-th tile: each is short
 };
 
 // A tensor as Hopper's copy engine knows it (CUtensorMap), opaque.
@@ -76,4 +76,4 @@ struct Maps {
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_ARGUMENTS_H_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ARGUMENTS_H_

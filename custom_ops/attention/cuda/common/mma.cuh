@@ -5,8 +5,8 @@
 //
 // Accumulators are as mma has them: sum[b][e] is row lane / 4 + 8 * (e / 2), column 8 * b + 2 * (lane % 4) + e % 2. The floats' sums over
 // depth alone are laid out in fours (see Column), so that rows of B are read 16 bytes at a time.
-#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_MATRIX_CUH_
-#define STF_CUSTOM_OPS_ATTENTION_CUDA_MATRIX_CUH_
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_MMA_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_MMA_CUH_
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -171,4 +171,4 @@ struct Matrix<float> {
 }  // namespace cuda
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_MATRIX_CUH_
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_MMA_CUH_

@@ -1,0 +1,235 @@
+// sm80/packed.cuh for a warpgroup: short sequences, as many to a block as its tile has rows for, one after another. Each tensor's rows come
+// to shared memory once and serve as queries and as keys, and backward needs one pass. One warpgroup a block, which takes the tile's rows
+// 64 at a time. A launch has a single component of kind STF_STRIDED that leaves nothing out.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PACKED_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PACKED_CUH_
+
+#include "custom_ops/attention/cuda/sm90/kernels.cuh"
+
+namespace stf {
+namespace cuda {
+
+constexpr int kPackedThreads = 128;
+
+template <int kKeyDepth, int kValueDepth, int kRows>
+struct Sm90PackedTile {
+  static constexpr int kKeyBytes = SharedTile<kKeyDepth, kRows>::kBytes, kValueBytes = SharedTile<kValueDepth, kRows>::kBytes;
+  static constexpr int kForwardBytes = Sm90PackedBytes(kPackedForward, {kKeyDepth, kValueDepth}, kRows);
+  static constexpr int kStatistics = 2 * (kKeyBytes + kValueBytes);
+  static constexpr int kBackwardBytes = Sm90PackedBytes(kPackedBackward, {kKeyDepth, kValueDepth}, kRows);
+  static_assert(kForwardBytes == 2 * kKeyBytes + kValueBytes, "as planned");
+  static_assert(kBackwardBytes == kStatistics + 2 * kRows * sizeof(float), "as planned");
+};
+
+// The sequences of a tile: each takes launch.packed_rows rows, those from `rows` on are nobody's.
+struct Packs {
+  int length, rows, sequence, reciprocal;
+
+  __device__ Packs(const Launch& launch, const TileIndex& work, int tile_rows)
+      : length(launch.packed_rows), sequence(work.sequence * (tile_rows / length)), reciprocal((65535 + length) / length) {
+    rows = min(tile_rows / length, launch.sequences - sequence) * length;
+  }
+  __device__ int Pack(int row) const { return row * reciprocal >> 16; }  // row / length, for row <= 128
+
+  // Position of a row; positions from `end` on, and rows of nobody, give -1.
+  __device__ int Position(const Launch& launch, int row, int end) const {
+    const int pack = Pack(row), position = (sequence + pack) * launch.sequence_step + (row - pack * length) * launch.step;
+    return row < rows && position < end ? position : -1;
+  }
+
+  // Rows of the tile where a row's sequence begins, and where its positions in use end.
+  __device__ Interval Of(const Launch& launch, int row, int end) const {
+    const int pack = Pack(row), start = (sequence + pack) * launch.sequence_step;
+    const int count = end <= start ? 0 : min(length, (end - start - 1) / launch.step + 1);
+    return {pack * length, pack * length + count};
+  }
+};
+
+// WarpgroupMask of packed rows [warpgroup_begin, warpgroup_begin + 64): queries see keys of their own sequence, `distance` or more before
+// them.
+template <bool kByKey>
+__device__ inline void FindPackedMask(WarpgroupMask<kByKey, false>* mask, const Component* component, const Launch& launch,
+                                      const Packs& packs, int warpgroup_begin, int end) {
+  mask->component = component;
+  mask->common = kNothing;
+  const int last = min(warpgroup_begin + 63, packs.rows - 1), distance = component->b;
+  mask->reach = {0, 0};
+  if (last >= warpgroup_begin) {
+    mask->reach = kByKey ? Interval{warpgroup_begin, packs.Of(launch, last, end).high}
+                         : Interval{packs.Of(launch, warpgroup_begin, end).low, last + 1};
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = warpgroup_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+    const Interval sequence = packs.Of(launch, row, end);
+    const bool used = row < packs.rows && row < sequence.high;
+    mask->rows[r] = !used ? Interval{0, 0} : kByKey ? Interval{row + distance, sequence.high} : Interval{sequence.low, row + 1 - distance};
+  }
+}
+
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, bool kPartial>
+__global__ __launch_bounds__(kPackedThreads,
+                             (kKeyDepth <= 32 ? 4 : 3)) void Sm90PackedForwardKernel(const __grid_constant__ Arguments args,
+                                                                                     const __grid_constant__ Launch launch) {
+#if STF_HAS_WGMMA
+  using Tile = Sm90PackedTile<kKeyDepth, kValueDepth, kRows>;
+  using KeyTile = SharedTile<kKeyDepth, kRows>;
+  using ValueTile = SharedTile<kValueDepth, kRows>;
+  extern __shared__ __align__(kTileAlignment) char shared[];
+  const uint32_t queries = SharedAddress(shared), keys = queries + Tile::kKeyBytes, values = keys + Tile::kKeyBytes;
+
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
+  const Packs packs(launch, work, kRows);
+  const int end = Length(args, work.batch);
+  auto place = [&](int row) { return packs.Position(launch, row, end); };
+  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
+                                                      args.key_depth, place);
+  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+                                                      args.key_depth, place);
+  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(values, Base<const T>(args.value, work.batch, work.head),
+                                                        args.value.position_stride, args.value_depth, place);
+  CommitCopies();
+  const View view = {0, 1, packs.rows};
+  const Context context = {args, work.components, view};
+  const Component* const component = work.components.components + (__ffsll(work.components.members) - 1);
+  bool waiting = true;
+  for (int warpgroup_begin = 0; warpgroup_begin < packs.rows; warpgroup_begin += 64) {
+    const int lane_row = warpgroup_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const OutputRows<T, kValueDepth, kPartial> outputs(
+        args, work.batch, work.head,
+        {packs.Position(launch, lane_row, args.positions), packs.Position(launch, lane_row + 8, args.positions)});
+    Softmax<T, kKeyDepth, kValueDepth> softmax;
+    bool settled = false;
+    outputs.Begin(&softmax, args, launch, true);
+    WarpgroupMask<false, false> mask;
+    FindPackedMask<false>(&mask, component, launch, packs, warpgroup_begin, end);
+    if (waiting) FinishCopies();
+    waiting = false;
+    for (int begin = 0; begin <= warpgroup_begin; begin += kStageRows) {
+      const WarpgroupSegment segment = {component, begin, kStageRows};
+      if (!mask.Reaches(segment)) continue;
+      WarpgroupAttend<T, kKeyDepth, kValueDepth, kRows, kRows>(softmax, &settled, context, mask, segment, warpgroup_begin, packs.rows,
+                                                               queries + warpgroup_begin * KeyTile::kRowBytes,
+                                                               keys + begin * KeyTile::kRowBytes, values + begin * ValueTile::kRowBytes);
+    }
+    softmax.Finish();
+    outputs.Store(&softmax, args, launch, true);
+  }
+#endif
+}
+
+template <typename T, int kKeyDepth, int kValueDepth, int kRows>
+__global__ __launch_bounds__(kPackedThreads,
+                             (kKeyDepth + kValueDepth <= 64 ? 3 : 2)) void Sm90PackedBackwardKernel(const __grid_constant__ Arguments args,
+                                                                                                    const __grid_constant__ Launch launch) {
+#if STF_HAS_WGMMA
+  using Tile = Sm90PackedTile<kKeyDepth, kValueDepth, kRows>;
+  using KeyTile = SharedTile<kKeyDepth, kRows>;
+  using ValueTile = SharedTile<kValueDepth, kRows>;
+  extern __shared__ __align__(kTileAlignment) char shared[];
+  const uint32_t queries = SharedAddress(shared), keys = queries + Tile::kKeyBytes;
+  const uint32_t values = keys + Tile::kKeyBytes, grads = values + Tile::kValueBytes;
+  float* const log_sum_exps = reinterpret_cast<float*>(shared + Tile::kStatistics);
+  float* const deltas = log_sum_exps + kRows;
+
+  TileIndex work;
+  if (!FindTile(args, launch, blockIdx.x, launch.tiles, false, &work)) return;
+  const Packs packs(launch, work, kRows);
+  const int end = Length(args, work.batch);
+  auto place = [&](int row) { return packs.Position(launch, row, end); };
+  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
+                                                      args.key_depth, place);
+  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+                                                      args.key_depth, place);
+  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(values, Base<const T>(args.value, work.batch, work.head),
+                                                        args.value.position_stride, args.value_depth, place);
+  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(grads, Base<const T>(args.output_grad, work.batch, work.head),
+                                                        args.output_grad.position_stride, args.value_depth, place);
+  CommitCopies();
+
+  const int64_t statistics = StatisticsBase(args, work.batch, work.head);
+  for (int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; row < kRows && launch.first; row += 64) {
+    float delta[2];
+    GroupSumProducts<T, kValueDepth>(delta, Base<const T>(args.output, work.batch, work.head), args.output.position_stride,
+                                     Base<const T>(args.output_grad, work.batch, work.head), args.output_grad.position_stride,
+                                     args.value_depth, [&](int r) { return place(row + 8 * r); });
+    if (threadIdx.x % 4 == 0) {
+      deltas[row] = delta[0];
+      deltas[row + 8] = delta[1];
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kRows) {
+    const int row = threadIdx.x, position = place(row);
+    log_sum_exps[row] = position < 0 ? 0 : args.log_sum_exp[statistics + position];
+    if (!launch.first) {
+      deltas[row] = position < 0 ? 0 : args.delta[statistics + position];
+    } else if (position >= 0) {
+      if (args.log_sum_exp_grad) deltas[row] -= args.log_sum_exp_grad[statistics + position];
+      args.delta[statistics + position] = deltas[row];
+    }
+  }
+  FinishCopies();
+
+  const View view = {0, 1, packs.rows};
+  const Context context = {args, work.components, view};
+  const Component* const component = work.components.components + (__ffsll(work.components.members) - 1);
+  T* rows[2];
+  float* partial[2];
+  int positions[2];
+  auto find_rows = [&](const stf_tensor& tensor, const stf_tensor& partials) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      rows[r] = positions[r] < 0 ? nullptr : RowOf<T>(tensor, work.batch, work.head, positions[r]);
+      partial[r] = positions[r] < 0 ? nullptr : RowOf<float>(partials, work.batch, work.head, positions[r]);
+    }
+  };
+  for (int warpgroup_begin = 0; warpgroup_begin < packs.rows; warpgroup_begin += 64) {
+    const int own = warpgroup_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) positions[r] = packs.Position(launch, own + 8 * r, args.positions);
+    const uint32_t own_queries = queries + warpgroup_begin * KeyTile::kRowBytes, own_keys = keys + warpgroup_begin * KeyTile::kRowBytes;
+    const uint32_t own_values = values + warpgroup_begin * ValueTile::kRowBytes, own_grads = grads + warpgroup_begin * ValueTile::kRowBytes;
+    {
+      float sum[kKeyDepth / 8][4];
+      Clear(sum);
+      const float log_sum_exp[2] = {log_sum_exps[own], log_sum_exps[own + 8]}, delta[2] = {deltas[own], deltas[own + 8]};
+      WarpgroupMask<false, false> mask;
+      FindPackedMask<false>(&mask, component, launch, packs, warpgroup_begin, end);
+      for (int begin = 0; begin <= warpgroup_begin; begin += kStageRows) {
+        const WarpgroupSegment segment = {component, begin, kStageRows};
+        if (!mask.Reaches(segment)) continue;
+        WarpgroupAddQueryGrad<T, kKeyDepth, kValueDepth, kRows, kRows>(context, mask, segment, warpgroup_begin, packs.rows, own_queries,
+                                                                       own_grads, keys + begin * KeyTile::kRowBytes,
+                                                                       values + begin * ValueTile::kRowBytes, log_sum_exp, delta, sum);
+      }
+      Scale(sum, args.scale);
+      find_rows(args.query_grad, args.query_partial);
+      StoreGradient<T, kKeyDepth>(sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
+    }
+    float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
+    Clear(key_sum);
+    Clear(value_sum);
+    WarpgroupMask<true, false> mask;
+    FindPackedMask<true>(&mask, component, launch, packs, warpgroup_begin, end);
+    for (int begin = warpgroup_begin; begin < packs.rows; begin += kStageRows) {
+      const WarpgroupSegment segment = {component, begin, kStageRows};
+      if (!mask.Reaches(segment)) continue;
+      WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kRows, kRows>(
+          context, mask, segment, warpgroup_begin, packs.rows, own_keys, own_values, queries + begin * KeyTile::kRowBytes,
+          grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum);
+    }
+    Scale(key_sum, args.scale);
+    find_rows(args.key_grad, args.key_partial);
+    StoreGradient<T, kKeyDepth>(key_sum, rows, partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);
+    find_rows(args.value_grad, args.value_partial);
+    StoreGradient<T, kValueDepth>(value_sum, rows, partial, args.value_depth, true, launch.key_first, launch.key_last, launch.key_write);
+  }
+#endif
+}
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PACKED_CUH_
