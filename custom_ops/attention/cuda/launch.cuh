@@ -6,8 +6,8 @@
 #include "custom_ops/attention/cuda/sm80/backward.cuh"
 #include "custom_ops/attention/cuda/sm80/forward.cuh"
 #include "custom_ops/attention/cuda/sm80/packed.cuh"
-#include "custom_ops/attention/cuda/sm90/kernels.cuh"
 #include "custom_ops/attention/cuda/sm90/packed.cuh"
+#include "custom_ops/attention/cuda/sm90/passes.cuh"
 #include "custom_ops/attention/cuda/sm90/tensor_maps.h"
 
 namespace stf {
@@ -41,7 +41,7 @@ cudaError_t RunSm80Packed(Pass pass, const Arguments& args, const Launch& launch
   return cudaErrorInvalidConfiguration;
 }
 
-// The same of a kernel of sm90/kernels.cuh. Where each work tile is short, the grid is persistent: so many blocks as are resident.
+// The same of a kernel of sm90/kernel.cuh. Where each work tile is short, the grid is persistent: so many blocks as are resident.
 template <typename Kernel>
 cudaError_t StartSm90(Kernel kernel, int threads, int bytes, int64_t resident, Pass pass, int key_depth, int value_depth,
                       const Arguments& args, const Launch& launch, cudaStream_t stream) {
@@ -53,23 +53,27 @@ cudaError_t StartSm90(Kernel kernel, int threads, int bytes, int64_t resident, P
   return cudaGetLastError();
 }
 
+template <typename P>
+struct Type {
+  using type = P;
+};
+
 template <typename T, int kKeyDepth, int kValueDepth, bool kGeneral>
 cudaError_t RunSm90(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
   if (launch.work_tiles == 0) return cudaSuccess;
   if (launch.work_tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
-  auto start = [&](auto kernel, auto tile) {
-    using Tile = decltype(tile);
+  auto start = [&](auto pass_type) {
+    using P = typename decltype(pass_type)::type;
+    using Tile = typename P::Tile;
     const int64_t resident = int64_t{Tile::kBlocks} * machine.multiprocessors;
-    return StartSm90(kernel, Tile::kThreads, Tile::kBytes, resident, pass, kKeyDepth, kValueDepth, args, launch, stream);
+    return StartSm90(Sm90Kernel<P>, Tile::kThreads, Tile::kBytes, resident, pass, kKeyDepth, kValueDepth, args, launch, stream);
   };
-  if (pass == kForward)
-    return start(Partial(args) ? Sm90ForwardKernel<T, kKeyDepth, kValueDepth, kGeneral, sizeof(T) == 2>
-                               : Sm90ForwardKernel<T, kKeyDepth, kValueDepth, kGeneral, false>,
-                 KernelTile<kForward, kKeyDepth, kValueDepth>());
-  if (pass == kQueryGrad) {
-    return start(Sm90QueryGradKernel<T, kKeyDepth, kValueDepth, kGeneral>, KernelTile<kQueryGrad, kKeyDepth, kValueDepth>());
+  if (pass == kForward) {
+    return Partial(args) ? start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, true>>())
+                         : start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, false>>());
   }
-  return start(Sm90KeyGradKernel<T, kKeyDepth, kValueDepth, kGeneral>, KernelTile<kKeyGrad, kKeyDepth, kValueDepth>());
+  if (pass == kQueryGrad) return start(Type<QueryGrad<T, kKeyDepth, kValueDepth, kGeneral>>());
+  return start(Type<KeyGrad<T, kKeyDepth, kValueDepth, kGeneral>>());
 }
 
 template <typename T, int kKeyDepth, int kValueDepth, int kRows>

@@ -4,7 +4,7 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PACKED_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PACKED_CUH_
 
-#include "custom_ops/attention/cuda/sm90/kernels.cuh"
+#include "custom_ops/attention/cuda/sm90/passes.cuh"
 
 namespace stf {
 namespace cuda {

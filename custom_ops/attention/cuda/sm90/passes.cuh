@@ -1,0 +1,222 @@
+// The passes of Hopper's kernels: what each loads, its mainloop and its epilogue.
+#ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PASSES_CUH_
+#define STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PASSES_CUH_
+
+#include "custom_ops/attention/cuda/common/epilogue.cuh"
+#include "custom_ops/attention/cuda/sm90/kernel.cuh"
+#include "custom_ops/attention/cuda/sm90/mainloop.cuh"
+
+namespace stf {
+namespace cuda {
+
+// Which of a map's two variants has a sequence of this launch.
+__device__ inline int Variant(const Maps& maps, int sequence) { return sequence < maps.longer ? 1 : 0; }
+
+// The producer warp of a launch by queries: own rows are the queries' (kGrads: and the output gradients'); keys and
+// values stream.
+template <typename Tile, int kKeyDepth, int kValueDepth, bool kGrads, bool kGeneral>
+__device__ inline void ProduceByQuery(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
+  auto copy_own = [&](const WorkTile& work_tile, uint32_t tile, uint32_t full) {
+    const int sequence = work_tile.sequence, variant = Variant(maps, sequence);
+    auto index = [&](int row) { return work_tile.first + row; };
+    CopyRows<kKeyDepth, Tile::kRows>(tile, maps.own[0][variant], 64, full, work_tile.batch, work_tile.head, sequence, index);
+    if constexpr (kGrads) {
+      CopyRows<kValueDepth, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], 64, full, work_tile.batch, work_tile.head,
+                                         sequence, index);
+    }
+  };
+  auto copy = [&](const WorkTile& work_tile, const WarpgroupSegment& segment, uint32_t tile, uint32_t full) {
+    if (segment.component->kind == STF_SUMMARY) {
+      auto index = [&](int row) { return KeyPosition(*segment.component, work_tile.ViewOf(launch), segment.begin + row); };
+      CopyRows<kKeyDepth, kStageRows>(tile, maps.summary[0], maps.summary_rows, full, work_tile.batch, work_tile.head, 0, index);
+      CopyRows<kValueDepth, kStageRows>(tile + Tile::kStageKeyBytes, maps.summary[1], maps.summary_rows, full, work_tile.batch,
+                                        work_tile.head, 0, index);
+      return;
+    }
+    const int sequence = work_tile.sequence, variant = Variant(maps, sequence);
+    auto index = [&](int row) { return segment.begin + row; };
+    CopyRows<kKeyDepth, kStageRows>(tile, maps.streamed[0][variant], 64, full, work_tile.batch, work_tile.head, sequence, index);
+    CopyRows<kValueDepth, kStageRows>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, work_tile.batch, work_tile.head,
+                                      sequence, index);
+  };
+  Produce<Tile, false, kGeneral>(pipeline, args, launch, copy_own, copy,
+                                 [](const WorkTile&, const WarpgroupSegment&, uint32_t, uint32_t) {});
+}
+
+// Output and log-sum-exp of a tile of queries. kPartial: see OutputRows.
+template <typename T, int kKey, int kValue, bool kGeneralMask, bool kPartial>
+struct Forward {
+  using Tile = KernelTile<kForward, kKey, kValue>;
+  static constexpr int kKeyDepth = kKey, kValueDepth = kValue, kOwnValueDepth = 0, kStageArrivals = 1;
+  static constexpr bool kByKey = false, kGeneral = kGeneralMask;
+
+  Softmax<T, kKey, kValue> softmax;
+  bool settled = false;
+
+  __device__ static void Load(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
+    ProduceByQuery<Tile, kKey, kValue, false, kGeneral>(pipeline, args, launch, maps);
+  }
+
+  __device__ Forward(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int row) {
+    FindRows(args, work_tile, view, row).Begin(&softmax, args, launch, true);
+  }
+
+  template <typename Mask>
+  __device__ void Mainloop(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int begin, int end, uint32_t query,
+                           uint32_t, uint32_t key, const float*) {
+    WarpgroupAttend<T, kKey, kValue, Tile::kRows, kStageRows>(softmax, &settled, context, mask, segment, begin, end, query, key,
+                                                              key + Tile::kStageKeyBytes);
+  }
+
+  __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int row) {
+    softmax.Finish();
+    FindRows(args, work_tile, view, row).Store(&softmax, args, launch, true);
+  }
+
+ private:
+  // Found anew where they are needed: registers are few in the mainloop.
+  __device__ static OutputRows<T, kValue, kPartial> FindRows(const Arguments& args, const WorkTile& work_tile, const View& view, int row) {
+    auto position = [&](int row) { return row < work_tile.existing ? view.Position(row) : -1; };
+    return OutputRows<T, kValue, kPartial>(args, work_tile.batch, work_tile.head, {position(row), position(row + 8)});
+  }
+};
+
+// Query gradients of a tile of queries. The first launch of a call leaves delta for the others.
+template <typename T, int kKey, int kValue, bool kGeneralMask>
+struct QueryGrad {
+  using Tile = KernelTile<kQueryGrad, kKey, kValue>;
+  static constexpr int kKeyDepth = kKey, kValueDepth = kValue, kOwnValueDepth = kValue, kStageArrivals = 1;
+  static constexpr bool kByKey = false, kGeneral = kGeneralMask;
+
+  float sum[kKey / 8][4], log_sum_exp[2], delta[2];
+
+  __device__ static void Load(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
+    ProduceByQuery<Tile, kKey, kValue, true, kGeneral>(pipeline, args, launch, maps);
+  }
+
+  __device__ QueryGrad(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
+    const int64_t statistics = StatisticsBase(args, work_tile.batch, work_tile.head);
+    if (launch.first) {
+      const T* const output = Base<const T>(args.output, work_tile.batch, work_tile.head);
+      const T* const grad = Base<const T>(args.output_grad, work_tile.batch, work_tile.head);
+      GroupSumProducts<T, kValue>(delta, output, args.output.position_stride, grad, args.output_grad.position_stride, args.value_depth,
+                                  [&](int r) {
+                                    const int row = first_row + 8 * r;
+                                    return row < work_tile.end ? view.Position(row) : -1;
+                                  });
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = first_row + 8 * r, position = view.Position(row);
+      log_sum_exp[r] = row < work_tile.end ? args.log_sum_exp[statistics + position] : 0;
+      if (launch.first) {
+        if (row < work_tile.end && args.log_sum_exp_grad) delta[r] -= args.log_sum_exp_grad[statistics + position];
+        if (row < work_tile.existing && threadIdx.x % 4 == 0) args.delta[statistics + position] = delta[r];
+      } else {
+        delta[r] = row < work_tile.end ? args.delta[statistics + position] : 0;
+      }
+    }
+    Clear(sum);
+  }
+
+  template <typename Mask>
+  __device__ void Mainloop(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int begin, int end, uint32_t query,
+                           uint32_t grad, uint32_t key, const float*) {
+    WarpgroupAddQueryGrad<T, kKey, kValue, Tile::kRows, kStageRows>(context, mask, segment, begin, end, query, grad, key,
+                                                                    key + Tile::kStageKeyBytes, log_sum_exp, delta, sum);
+  }
+
+  __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
+    T* rows[2];
+    float* partial[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = first_row + 8 * r, position = view.Position(row);
+      rows[r] = row < work_tile.existing ? RowOf<T>(args.query_grad, work_tile.batch, work_tile.head, position) : nullptr;
+      partial[r] = row < work_tile.existing ? RowOf<float>(args.query_partial, work_tile.batch, work_tile.head, position) : nullptr;
+    }
+    Scale(sum, args.scale);
+    StoreGradient<T, kKey>(sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
+  }
+};
+
+// Key and value gradients of a tile of keys.
+template <typename T, int kKey, int kValue, bool kGeneralMask>
+struct KeyGrad {
+  using Tile = KernelTile<kKeyGrad, kKey, kValue>;
+  static constexpr int kKeyDepth = kKey, kValueDepth = kValue, kOwnValueDepth = kValue;
+  static constexpr int kStageArrivals = 1 + 32;  // each lane's copies of statistics arrive, too
+  static constexpr bool kByKey = true, kGeneral = kGeneralMask;
+
+  float key_sum[kKey / 8][4], value_sum[kValue / 8][4];
+
+  __device__ static void Load(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
+    auto copy_own = [&](const WorkTile& work_tile, uint32_t tile, uint32_t full) {
+      const Component numbering = work_tile.Numbering(launch);
+      const bool summary = numbering.kind == STF_SUMMARY;
+      const int sequence = summary ? 0 : work_tile.sequence, variant = summary ? 0 : Variant(maps, sequence);
+      auto index = [&](int row) {
+        return summary ? KeyPosition(numbering, work_tile.ViewOf(launch), work_tile.first + row) : work_tile.first + row;
+      };
+      CopyRows<kKey, Tile::kRows>(tile, maps.own[0][variant], maps.own_rows, full, work_tile.batch, work_tile.head, sequence, index);
+      CopyRows<kValue, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], maps.own_rows, full, work_tile.batch, work_tile.head,
+                                    sequence, index);
+    };
+    auto copy = [&](const WorkTile& work_tile, const WarpgroupSegment& segment, uint32_t tile, uint32_t full) {
+      const int sequence = work_tile.sequence, variant = Variant(maps, sequence);
+      auto index = [&](int row) { return segment.begin + row; };
+      CopyRows<kKey, kStageRows>(tile, maps.streamed[0][variant], 64, full, work_tile.batch, work_tile.head, sequence, index);
+      CopyRows<kValue, kStageRows>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, work_tile.batch, work_tile.head,
+                                   sequence, index);
+    };
+    auto copy_statistics = [&](const WorkTile& work_tile, const WarpgroupSegment& segment, uint32_t stage, uint32_t full) {
+      const int64_t base = StatisticsBase(args, work_tile.batch, work_tile.head);
+#pragma unroll
+      for (int i = threadIdx.x % 32; i < 2 * kStageRows; i += 32) {
+        const int row = i % kStageRows;
+        const float* const from = i < kStageRows ? args.log_sum_exp : args.delta;
+        CopyAsync<4>(pipeline.Statistics(stage) + i,
+                     from + base + (row < segment.count ? work_tile.ViewOf(launch).Position(segment.begin + row) : 0), row < segment.count);
+      }
+      ArriveAfterCopies(full);
+    };
+    Produce<Tile, true, kGeneral>(pipeline, args, launch, copy_own, copy, copy_statistics);
+  }
+
+  __device__ KeyGrad(const Arguments&, const Launch&, const WorkTile&, const View&, int) {
+    Clear(key_sum);
+    Clear(value_sum);
+  }
+
+  template <typename Mask>
+  __device__ void Mainloop(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int begin, int end, uint32_t key,
+                           uint32_t value, uint32_t query, const float* statistics) {
+    WarpgroupAddKeyGrads<T, kKey, kValue, Tile::kRows, kStageRows>(context, mask, segment, begin, end, key, value, query,
+                                                                   query + Tile::kStageKeyBytes, statistics, statistics + kStageRows,
+                                                                   key_sum, value_sum);
+  }
+
+  __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
+    const Component numbering = work_tile.Numbering(launch);
+    T* rows[2];
+    float* partial[2];
+    auto find_rows = [&](const stf_tensor& grads, const stf_tensor& partials) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int row = first_row + 8 * r, position = KeyPosition(numbering, view, row);
+        rows[r] = row < work_tile.end ? RowOf<T>(grads, work_tile.batch, work_tile.head, position) : nullptr;
+        partial[r] = row < work_tile.end ? RowOf<float>(partials, work_tile.batch, work_tile.head, position) : nullptr;
+      }
+    };
+    Scale(key_sum, args.scale);
+    find_rows(args.key_grad, args.key_partial);
+    StoreGradient<T, kKey>(key_sum, rows, partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);
+    find_rows(args.value_grad, args.value_partial);
+    StoreGradient<T, kValue>(value_sum, rows, partial, args.value_depth, true, launch.key_first, launch.key_last, launch.key_write);
+  }
+};
+
+}  // namespace cuda
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_CUDA_SM90_PASSES_CUH_
