@@ -47,11 +47,10 @@ struct OutputRows {
     }
   }
 
-  // Begins an online softmax: where earlier launches left it.
+  // Begins an online softmax where earlier launches left it.
   template <typename Softmax>
-  __device__ void Begin(Softmax* softmax, const Arguments& args, const Launch& launch, bool vector) const {
+  __device__ void Continue(Softmax* softmax, const Arguments& args, bool vector) const {
     softmax->Start();
-    if (launch.first) return;
     if constexpr (kPartial) {
       EachPartial<T, kDepth>(softmax->sum, partial, args.value_depth, vector, [](float2& x, float2& y) { x = y; });
     } else {

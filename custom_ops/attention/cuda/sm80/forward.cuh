@@ -60,7 +60,11 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
     return OutputRows<T, kValueDepth, kPartial>(args, work.batch, work.head, {position(first + lane_row), position(first + lane_row + 8)});
   };
   Softmax<T, kKeyDepth, kValueDepth> softmax;
-  find_rows().Begin(&softmax, args, launch, args.vector);
+  if (launch.first) {
+    softmax.Start();
+  } else {
+    find_rows().Continue(&softmax, args, args.vector);
+  }
 
   Walk<false, Tile::kKeys> walk(args, head, view, first, end - 1);
   Segment segment, next;

@@ -95,7 +95,11 @@ __global__ __launch_bounds__(32 * kWarps) void Sm80PackedForwardKernel(const __g
     return OutputRows<T, kValueDepth, kPartial>(args, work.batch, work.head, {position(lane_row), position(lane_row + 8)});
   };
   Softmax<T, kKeyDepth, kValueDepth> softmax;
-  find_rows().Begin(&softmax, args, launch, args.vector);
+  if (launch.first) {
+    softmax.Start();
+  } else {
+    find_rows().Continue(&softmax, args, args.vector);
+  }
   WaitForCopies<0>();
   __syncthreads();
   if (warp.row >= warp.existing) return;

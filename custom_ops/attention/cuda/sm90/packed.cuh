@@ -101,7 +101,11 @@ __global__ __launch_bounds__(kPackedThreads,
         {packs.Position(launch, lane_row, args.positions), packs.Position(launch, lane_row + 8, args.positions)});
     Softmax<T, kKeyDepth, kValueDepth> softmax;
     bool settled = false;
-    outputs.Begin(&softmax, args, launch, true);
+    if (launch.first) {
+      softmax.Start();
+    } else {
+      outputs.Continue(&softmax, args, true);
+    }
     WarpgroupMask<false, false> mask;
     FindPackedMask<false>(&mask, component, launch, packs, warpgroup_begin, end);
     if (waiting) FinishCopies();

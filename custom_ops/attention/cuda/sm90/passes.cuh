@@ -58,7 +58,11 @@ struct Forward {
   }
 
   __device__ Forward(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int row) {
-    FindRows(args, work_tile, view, row).Begin(&softmax, args, launch, true);
+    if (launch.first) {
+      softmax.Start();
+    } else {
+      FindRows(args, work_tile, view, row).Continue(&softmax, args, true);
+    }
   }
 
   template <typename Mask>
