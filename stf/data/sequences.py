@@ -1,5 +1,6 @@
 """What all data sets give: byte sequences, and batches of them that a resumed run goes on with."""
 
+import numbers
 from typing import NamedTuple
 
 import numpy as np
@@ -93,8 +94,8 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
     Args:
         sequences: uint8 `[examples, length]`, a NumPy array; a memory map is read as its rows are needed.
         batch_size: sequences of a batch, over all workers.
-        seed: shuffles anew every epoch, by this seed, and repeats for ever; None keeps the order, once, and
-            drops nothing.
+        seed: shuffles anew every epoch, by this int from 0 to 2**32 - 1, and repeats for ever; None keeps the order,
+            once, and drops nothing.
         skip: batches to leave out at the start: what a resumed run has seen already.
         shard: (index, count): which rows of each batch are this worker's, every count-th from index on.
     """
@@ -104,6 +105,7 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
             f"Received: {len(sequences)} examples, batch_size={batch_size}"
         )
     _check_shard(shard, batch_size)
+    seed = None if seed is None else _check_seed(seed)
     index, count = shard
     examples = len(sequences)
     read = _reader(lambda rows: np.asarray(sequences[rows]), sequences.shape[1])
@@ -111,7 +113,9 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
     def drawn(batch):
         place = batch * batch_size + tf.range(index, batch_size, count, tf.int64)
         epochs = place // examples
-        keys = tf.stack([tf.fill(tf.shape(epochs), tf.constant(seed, tf.int64)), epochs, tf.zeros_like(epochs)], 1)
+        # Of each word of a key 31 bits count.
+        low, high = (tf.fill(tf.shape(epochs), tf.constant(word, tf.int64)) for word in (seed % 2**31, seed >> 31))
+        keys = tf.stack([low, epochs, high], 1)
         # As tf.random.experimental.index_shuffle, which takes one key alone. Of its 4 rounds two epochs' orders of
         # 48,000 examples are correlated by 0.69, and neighbours lie evenly apart; from 8 rounds on neither shows.
         last = tf.constant(examples - 1, tf.int64)
@@ -154,7 +158,7 @@ def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
         stream: a `Stream`, or uint8 `[position]`. Every crop within a piece is as likely as any other.
         length: positions of a crop. Pieces that are shorter are left out.
         batch_size: crops of a batch, over all workers.
-        seed: of the crops.
+        seed: of the crops, an int from 0 to 2**32 - 1.
         skip: batches to leave out at the start.
         shard: as for `batches`.
 
@@ -163,6 +167,7 @@ def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
     """
     stream = _as_stream(stream)
     _check_shard(shard, batch_size)
+    high = np.array(_check_seed(seed) << 32, np.uint64).astype(np.int64)
     pieces = np.diff(stream.borders)
     starts = np.maximum(pieces - length + 1, 0)  # where a crop may begin
     if length < 1 or not starts.any():
@@ -178,7 +183,7 @@ def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
         rows = tf.range(shard[0], batch_size, shard[1], tf.int64)
 
         def one(row):
-            draw = tf.random.stateless_uniform([], [batch, row + (seed << 32)], 0, ends[-1], tf.int64)
+            draw = tf.random.stateless_uniform([], [batch, row + high], 0, ends[-1], tf.int64)
             return draw + tf.gather(shift, tf.searchsorted(ends, [draw], side="right")[0])
 
         starts = tf.map_fn(one, rows, fn_output_signature=tf.TensorSpec([], tf.int64))
@@ -252,6 +257,13 @@ def order0_entropy(sequences):
 
 def _as_stream(stream):
     return stream if isinstance(stream, Stream) else Stream([np.asarray(stream)])
+
+
+def _check_seed(seed):
+    """`seed` as an int, or ValueError unless it is one of 32 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an int from 0 to 2**32 - 1. Received: seed={seed!r}")
+    return int(seed)
 
 
 def _check_shard(shard, batch_size):

@@ -3,6 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
+from stf.layers.validation import positive
+
 
 class Decoder:
     """Runs a `SparseTransformer` one position at a time, keeping each block's keys and values.
@@ -18,7 +20,8 @@ class Decoder:
     """
 
     def __init__(self, model, batch_size, length):
-        if not 1 <= length <= model.length:
+        length = positive("length", length)
+        if length > model.length:
             raise ValueError(f"length must be from 1 to the model's {model.length}. Received: length={length}")
         self.model = model
         self.length = length

@@ -1,10 +1,13 @@
 """Draws tokens from a decoder's logits."""
 
+import numbers
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from stf.generation.decoder import Decoder
+from stf.layers.validation import positive, seed_or_none
 
 
 def draw(logits, temperature, seed, top_k=None, top_p=None):
@@ -39,21 +42,16 @@ def generate(
     model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1, top_p=None
 ):
     """Samples of a `SparseTransformer`; see its method of the same name."""
-    length = model.length if length is None else length
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative. Received: temperature={temperature!r}")
-    if top_k is not None and not 1 <= top_k <= model.vocab_size:
+    length = model.length if length is None else positive("length", length)
+    seed = seed_or_none(seed)
+    if not isinstance(temperature, numbers.Real) or not temperature >= 0:
+        raise ValueError(f"temperature must be a number, 0 or more. Received: temperature={temperature!r}")
+    top_k = None if top_k is None else positive("top_k", top_k)
+    if top_k is not None and top_k > model.vocab_size:
         raise ValueError(f"top_k must be from 1 to {model.vocab_size}. Received: top_k={top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):
         raise ValueError(f"top_p must be above 0 and at most 1. Received: top_p={top_p!r}")
-    prefix = np.zeros((batch_size, 0), np.int32) if prefix is None else np.asarray(prefix, np.int32)
-    if prefix.ndim != 2 or prefix.shape[1] > length:
-        raise ValueError(
-            f"prefix must be [batch, position] with at most {length} positions. "
-            f"Received: prefix of shape {prefix.shape}"
-        )
-    if prefix.size and not (prefix.min() >= 0 and prefix.max() < model.vocab_size):
-        raise ValueError(f"prefix must hold tokens from 0 to {model.vocab_size - 1}.")
+    prefix = _prefix(prefix, positive("batch_size", batch_size), length, model.vocab_size)
     if not model.built:
         model.build((None, length))
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
@@ -68,3 +66,18 @@ def generate(
         if bar:
             bar.update(position + 1)
     return tokens
+
+
+def _prefix(prefix, batch_size, length, vocab_size):
+    """The tokens that samples begin with, int32 `[batch, position]`; ValueError where they are none."""
+    prefix = np.zeros((batch_size, 0), np.int32) if prefix is None else np.asarray(prefix)
+    if prefix.ndim != 2 or prefix.shape[1] > length:
+        raise ValueError(
+            f"prefix must be [batch, position] with at most {length} positions. "
+            f"Received: prefix of shape {prefix.shape}"
+        )
+    if prefix.size and prefix.dtype.kind not in "iu":
+        raise ValueError(f"prefix must be integer tokens. Received: prefix of dtype {prefix.dtype}, prefix={prefix!r}")
+    for token in prefix[(prefix < 0) | (prefix >= vocab_size)][:1]:
+        raise ValueError(f"prefix must hold tokens from 0 to {vocab_size - 1}. Received: prefix with token {token}")
+    return prefix.astype(np.int32)

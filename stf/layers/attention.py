@@ -1,12 +1,14 @@
 """Multi-head self-attention over any sparse pattern."""
 
+import numbers
+
 import keras
 import tensorflow as tf
 
 from stf import ops, patterns
 from stf.layers.initialization import seeded
-from stf.layers.padding import lengths_of
-from stf.layers.validation import positive
+from stf.layers.padding import lengths_of, nan_where_refused
+from stf.layers.validation import positive, positives, seed_or_none
 from stf.ops.reference import pattern_mask, reference_weights
 
 
@@ -63,7 +65,8 @@ class SparseAttention(keras.layers.Layer):
 
     Raises:
         ValueError: for arguments that do not fit.
-        InvalidArgumentError: for a mask with padding that is not on the right, when it runs.
+        InvalidArgumentError: for a mask with padding that is not on the right, when it runs. XLA raises
+            nothing: compiled by it, the layer returns NaN for all of such a sequence.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class SparseAttention(keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.seed = seed
+        self.seed = seed_or_none(seed)
 
     def build(self, query_shape, value_shape=None, key_shape=None):
         value_shape = query_shape if value_shape is None else value_shape
@@ -155,13 +158,16 @@ class SparseAttention(keras.layers.Layer):
             raise ValueError(
                 f"`use_causal_mask` must be True: every pattern is causal. Received: use_causal_mask={use_causal_mask}"
             )
+        mask = query_mask if query_mask is not None else mask
         if lengths is None:
-            lengths = lengths_of(query_mask if query_mask is not None else mask)
+            lengths = lengths_of(mask)
+        else:
+            mask = None
         projected = self.project(query, value, key)
         if not return_attention_scores:
-            return self.combine(self.attend(*projected, lengths))
+            return nan_where_refused(self.combine(self.attend(*projected, lengths)), mask)
         output, scores = self._dense_attention(*projected, lengths)
-        return self.combine(output), scores
+        return nan_where_refused(self.combine(output), mask), nan_where_refused(scores, mask)
 
     def project(self, query, value=None, key=None):
         """Query, key and value of each head, `[batch, position, head, depth]` each."""
@@ -275,7 +281,7 @@ def weights_of_queries(query, key, pattern, positions):
 def _shape(output_shape):
     if output_shape is None:
         return None
-    shape = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
-    if not 1 <= len(shape) <= 3:
+    shape = positives("output_shape", (output_shape,) if isinstance(output_shape, numbers.Integral) else output_shape)
+    if len(shape) > 3:
         raise ValueError(f"`output_shape` must have one to three axes. Received: output_shape={output_shape!r}")
-    return tuple(positive("output_shape", axis) for axis in shape)
+    return shape

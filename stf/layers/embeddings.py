@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from stf.layers.initialization import READINGS, paper_initializer
+from stf.layers.validation import positive, positives, seed_or_none
 
 MOST_ONE_HOT = 4096  # rows of a token table up to which its gradient is a matrix product
 
@@ -47,19 +48,13 @@ class SequenceEmbedding(keras.layers.Layer):
 
     def __init__(self, vocabulary_size, width, axes, reading="released", seed=None, **kwargs):
         super().__init__(**kwargs)
-        self.vocabulary_size = vocabulary_size
-        self.width = width
-        self.axes = tuple(axes)
+        self.vocabulary_size = positive("vocabulary_size", vocabulary_size)
+        self.width = positive("width", width)
+        self.axes = positives("axes", axes)
         if reading not in READINGS:
             raise ValueError(f"`reading` must be one of {READINGS}. Received: reading={reading!r}")
         self.reading = reading
-        self.seed = seed
-        sizes = (vocabulary_size, width, *self.axes)
-        if not self.axes or any(not isinstance(size, int) or size < 1 for size in sizes):
-            raise ValueError(
-                "`vocabulary_size`, `width` and every one of `axes` must be an int, 1 or more. "
-                f"Received: vocabulary_size={vocabulary_size!r}, width={width!r}, axes={axes!r}"
-            )
+        self.seed = seed_or_none(seed)
 
     @property
     def longest(self):

@@ -48,8 +48,8 @@ class FixedAttention(SparseAttention):
 
     def __init__(self, num_heads, key_dim, stride, summary, mode="merged", **kwargs):
         super().__init__(num_heads, key_dim, fixed_pattern(stride, summary, mode), **kwargs)
-        self.stride = stride
-        self.summary = summary
+        self.stride = int(stride)
+        self.summary = int(summary)
         self.mode = mode
 
     def get_config(self):

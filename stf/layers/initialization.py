@@ -2,6 +2,8 @@
 
 import keras
 
+from stf.layers.validation import positive
+
 READINGS = ("released", "standard_deviation", "variance")
 
 
@@ -27,6 +29,7 @@ def paper_initializer(fan_in, scale=1.0, reading="released", seed=None):
     """
     if reading not in READINGS:
         raise ValueError(f"`reading` must be one of {READINGS}. Received: reading={reading!r}")
+    fan_in = positive("fan_in", fan_in)
     stddev = {
         "released": (0.125 / fan_in) ** 0.5,
         "standard_deviation": 0.125 / fan_in**0.5,

@@ -7,7 +7,8 @@ from stf.distribution.replicas import next_seed
 from stf.layers.block import residual_add, sigmoid_gelu
 from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
-from stf.layers.padding import lengths_of
+from stf.layers.padding import lengths_of, nan_where_refused
+from stf.layers.validation import above_zero, positive, rate, seed_or_none
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -52,6 +53,7 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
 
     Raises:
         ValueError: for arguments that do not fit.
+        InvalidArgumentError: for a mask as `SparseAttention` refuses it; NaN where XLA compiles.
     """
 
     def __init__(
@@ -72,30 +74,26 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         self.supports_masking = True
         if not isinstance(attention, keras.layers.Layer):
             raise ValueError(f"`attention` must be a Keras layer. Received: attention={attention}")
-        if ff_dim is not None and (not isinstance(ff_dim, int) or ff_dim < 1):
-            raise ValueError(f"`ff_dim` must be an int, 1 or more. Received: ff_dim={ff_dim!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}")
         if recompute and attention.activity_regularizer is not None:
             raise ValueError(
                 "`recompute` cannot be combined with an attention's activity_regularizer, whose loss "
                 f"it would hide. Received: {attention.activity_regularizer}"
             )
         self.attention = attention
-        self.ff_dim = ff_dim
-        self.dropout = dropout
+        self.ff_dim = None if ff_dim is None else positive("ff_dim", ff_dim)
+        self.dropout = rate("dropout", dropout)
         self.recompute = bool(recompute)
-        self.epsilon = epsilon
+        self.epsilon = above_zero("epsilon", epsilon)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
+        self.seed = seed_or_none(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed) if self.dropout else None
 
     def build(self, inputs_shape):
         width = inputs_shape[-1]
-        hidden = self.ff_dim or 4 * width
+        hidden = 4 * width if self.ff_dim is None else self.ff_dim
         self.attention_norm = self._norm("attention_norm")
         self.feed_forward_norm = self._norm("feed_forward_norm")
         self.hidden_dense = self._dense("hidden", 0, hidden, self.kernel_initializer)
@@ -125,11 +123,15 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
     def call(self, inputs, lengths=None, mask=None, training=None):
         if lengths is None:
             lengths = lengths_of(mask)
+        else:
+            mask = None
         # Everything that changes from call to call is fixed here, outside what is recomputed.
         seed = self.next_seed(training)
         if self.recompute and training:
-            return tf.recompute_grad(lambda stream: self.residual(stream, lengths, seed))(inputs)
-        return self.residual(inputs, lengths, seed)
+            output = tf.recompute_grad(lambda stream: self.residual(stream, lengths, seed))(inputs)
+        else:
+            output = self.residual(inputs, lengths, seed)
+        return nan_where_refused(output, mask)
 
     def next_seed(self, training=None):
         """The seed of this call's dropout, int32 `[2]`; None where nothing is dropped."""

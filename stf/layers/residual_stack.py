@@ -1,7 +1,5 @@
 """A stack of residual blocks whose weights are stacked, run by one loop."""
 
-import numbers
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -15,7 +13,7 @@ from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
 from stf.layers.residual_block import SparseResidualBlock
 from stf.layers.residual_loop import ResidualLoop
-from stf.layers.validation import positive
+from stf.layers.validation import above_zero, positive, rate, seed_or_none
 
 RECOMPUTE = (False, "attention", True)
 
@@ -100,28 +98,25 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         self.key_dim = positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else positive("value_dim", value_dim)
         self.ff_dim = None if ff_dim is None else positive("ff_dim", ff_dim)
-        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must be a number from 0 to less than 1. Received: dropout={dropout!r}")
-        if not epsilon > 0:
-            raise ValueError(f"`epsilon` must be above 0. Received: epsilon={epsilon!r}")
         if not isinstance(recompute, bool) and recompute != "attention":
             raise ValueError(f"`recompute` must be one of {RECOMPUTE}. Received: recompute={recompute!r}")
-        self.dropout = float(dropout)
+        self.dropout = rate("dropout", dropout)
         self.recompute = recompute
-        self.epsilon = epsilon
+        self.epsilon = above_zero("epsilon", epsilon)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.attention_output_initializer = keras.initializers.get(attention_output_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
+        self.seed = seed_or_none(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed) if self.dropout else None
 
     def pattern(self, index):
         """The pattern of a block."""
         return self.patterns[index % len(self.patterns)]
 
     def build(self, inputs_shape):
-        width, hidden = inputs_shape[-1], self.ff_dim or 4 * inputs_shape[-1]
+        width = inputs_shape[-1]
+        hidden = 4 * width if self.ff_dim is None else self.ff_dim
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         kernel, bias = self.kernel_initializer, self.bias_initializer
         combining = self.attention_output_initializer or kernel

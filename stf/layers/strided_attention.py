@@ -12,7 +12,7 @@ def strided_pattern(stride, mode):
     """The pattern of a mode of `StridedAttention`."""
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
-    local, strided = Local(stride), Strided(stride)
+    strided, local = Strided(stride), Local(stride)  # in this order: an error names `stride`
     return {
         "merged": local | strided,
         "local": local,
@@ -46,7 +46,7 @@ class StridedAttention(SparseAttention):
 
     def __init__(self, num_heads, key_dim, stride, mode="merged", **kwargs):
         super().__init__(num_heads, key_dim, strided_pattern(stride, mode), **kwargs)
-        self.stride = stride
+        self.stride = int(stride)
         self.mode = mode
 
     def get_config(self):

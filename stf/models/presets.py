@@ -7,6 +7,7 @@ P: the paper. F: the authors' follow-up code. D: derived from their numbers. C: 
 
 import copy
 
+from stf.layers.validation import positive
 from stf.patterns import Causal, Fixed, Local, Strided
 
 _CIFAR10 = {
@@ -148,9 +149,11 @@ def count_parameters(config, vocab_size=256):
         config: arguments of `SparseTransformer`, as in `PRESETS`.
         vocab_size: number of tokens.
     """
-    d, heads = config["model_dim"], config["num_heads"]
-    keys, values = (heads * (config.get(name) or d // heads) for name in ("key_dim", "value_dim"))
-    hidden = config.get("ff_dim") or 4 * d
+    d, heads = (positive(name, config[name]) for name in ("model_dim", "num_heads"))
+    optional = ("key_dim", "value_dim", "ff_dim")
+    given = {name: positive(name, config[name]) for name in optional if config.get(name) is not None}
+    keys, values = (heads * given.get(name, d // heads) for name in ("key_dim", "value_dim"))
+    hidden = given.get("ff_dim", 4 * d)
     attention = 2 * (d + 1) * keys + (d + 1) * values + (values + 1) * d
     block = attention + (d + 1) * hidden + (hidden + 1) * d + 2 * 2 * d
     embeddings = (vocab_size + sum(config["position_shape"]) + 1) * d

@@ -10,7 +10,7 @@ from stf.distribution.steps import ReplicatedTrainer
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
 from stf.layers.attention import weights_of_queries
 from stf.layers.initialization import READINGS
-from stf.layers.validation import positive
+from stf.layers.validation import positive, positives, seed_or_none
 from stf.models.dispatch import without_waiting
 from stf.models.presets import preset
 
@@ -82,6 +82,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         vocab_size = positive("vocab_size", vocab_size)
         if init not in READINGS:
             raise ValueError(f"init must be one of {READINGS}. Received: init={init!r}")
+        position_shape = positives("position_shape", position_shape)
         if math.prod(position_shape) < length:
             raise ValueError(
                 f"position_shape must cover length={length} positions. Received: position_shape={position_shape!r}"
@@ -92,7 +93,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
                 f"Received: model_dim={model_dim}, num_heads={num_heads}"
             )
         self.length = length
-        self.position_shape = tuple(positive("position_shape", size) for size in position_shape)
+        self.position_shape = position_shape
         if not isinstance(patterns, list | tuple) or not patterns:
             raise ValueError(f"patterns must be a list of at least one pattern. Received: patterns={patterns!r}")
         self.patterns = [stf_patterns.get(pattern) for pattern in patterns]
@@ -106,7 +107,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         self.recompute = recompute
         self.vocab_size = vocab_size
         self.init = init
-        self.seed = seed
+        self.seed = seed = seed_or_none(seed)
         policy = {"dtype": self.dtype_policy}
         self.embedding = SequenceEmbedding(
             vocab_size, model_dim, self.position_shape, reading=init, seed=seed, name="embedding", **policy
@@ -259,7 +260,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             temperature: divides the logits; 0 takes the likeliest token.
             prefix: integer tokens `[batch, position]` that the samples begin with.
             length: tokens of a sample, the prefix included; the model's unless given.
-            seed: of the draws; the same seed draws the same samples.
+            seed: of the draws, an int from 0 to 2**32 - 1; the same seed draws the same samples.
             top_k: draw from the k likeliest tokens only.
             verbose: 1 shows a progress bar.
             top_p: draw from the fewest likeliest tokens whose probabilities add up to p or more.

@@ -60,6 +60,8 @@ def check_lengths(lengths, query):
     if lengths is None:
         return None
     given = None if tf.is_tensor(lengths) or isinstance(lengths, tf.Variable) else np.asarray(lengths)
+    if given is not None and given.dtype.kind not in "iu":
+        raise ValueError(f"lengths must be integers. Received: lengths={lengths!r}")
     lengths = tf.convert_to_tensor(lengths)
     batch = query.shape[0]
     if not lengths.dtype.is_integer:

@@ -53,7 +53,8 @@ def attention(
 
     Raises:
         ValueError: arguments that do not fit, as far as static shapes tell.
-        InvalidArgumentError: the same, when the op runs.
+        NotImplementedError: a pattern of one's own that is no `Component`, see `stf.patterns.Pattern`.
+        InvalidArgumentError: arguments that do not fit, when the op runs.
         LibraryNotFoundError: the op library is missing; says what to do.
     """
     query, key, value = check_tensors(query, key, value, pattern, DTYPES)

@@ -6,9 +6,10 @@ Transformers" (arXiv 1904.10509, Section 4), for positions 0 ... n-1; every one 
 
 from stf.patterns.blocks import Blocks
 from stf.patterns.causal import Causal
+from stf.patterns.component import Component, Kind
 from stf.patterns.fixed import Fixed
 from stf.patterns.local import Local
-from stf.patterns.lowering import Component, Kind, Program, components_mask, lower
+from stf.patterns.lowering import Program, components_mask, lower
 from stf.patterns.own_block import OwnBlock
 from stf.patterns.pattern import Pattern
 from stf.patterns.per_head import PerHead

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
 from stf.patterns.validation import integer
 
@@ -83,7 +84,7 @@ class Blocks(Pattern):
             raise ValueError(
                 f"`head` must be less than the layout's number of heads, {len(self.layout)}. Received: head={head}"
             )
-        return Blocks(self.layout[head], self.block_size)
+        return self._with(layout=self.layout[head])
 
     def _check_positions(self, n):
         if n and -(-n // self.block_size) != self.blocks:
@@ -116,11 +117,8 @@ class Blocks(Pattern):
     def _mask(self, i, j):
         return self.layout[i // self.block_size, j // self.block_size]
 
-    def _rows(self, n):
-        return self.block_size  # queries that share their columns
-
-    def _columns(self, n, row):
-        return self.layout[row // self.block_size, np.arange(n) // self.block_size]
+    def _component(self):
+        return Component(Kind.BLOCKS, self.block_size, 0, self.blocks, layout=self.layout)
 
     def _identity(self):
         return self.layout.shape, self.layout.tobytes(), self.block_size

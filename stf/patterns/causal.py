@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
 
 
@@ -20,5 +21,5 @@ class Causal(Pattern):
     def _mask(self, i, j):
         return j <= i
 
-    def _start(self, i):
-        return np.zeros_like(i)
+    def _component(self):
+        return Component(Kind.CAUSAL)

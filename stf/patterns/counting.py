@@ -1,13 +1,12 @@
-"""Exact numbers of keys of a union of leaf patterns, in O(n) memory and without an n x n array.
+"""Exact numbers of keys of a union of leaves' components, in O(n) memory and without an n x n array.
 
-Every leaf has one of three shapes, and each shape is closed under union:
+Every kind has one of three shapes, and each shape is closed under union:
 
-- an interval that ends at the query, `_start(i) <= j <= i` (causal, local, own block): the longest
-  one wins;
-- a set of columns that does not depend on the query beyond its row of blocks, `_columns(n, row)`
-  (summary, block layouts): one bit a position;
-- distances that are multiples of a stride, `_stride` (strided): two strides share the multiples of
-  their least common multiple.
+- an interval that ends at the query (causal, local, own block): the longest one wins;
+- a set of columns that does not depend on the query beyond its row of blocks (summary, block
+  layouts): one bit a position;
+- distances that are multiples of a stride (strided): two strides share the multiples of their least
+  common multiple.
 
 So a query's count is its interval, plus the columns before the interval, plus, for each stride and
 by inclusion and exclusion over the strides, the positions before the interval that are not such
@@ -18,18 +17,20 @@ import math
 
 import numpy as np
 
+from stf.patterns.component import Kind
 
-def counts(leaves, n):
-    """The number of keys in the union of `leaves` of each of `n` query positions, int64 `[n]`."""
+
+def counts(parts, n):
+    """The number of keys in the union of `parts` of each of `n` query positions, int64 `[n]`."""
     # Rows with the same columns are counted together: all of them, unless there are block layouts.
     edges = {0, n}
-    for leaf in leaves:
-        edges.update(range(0, n, leaf._rows(n)) if hasattr(leaf, "_rows") else ())
+    for part in parts:
+        edges.update(range(0, n, part.a) if part.kind == Kind.BLOCKS else ())
     edges = sorted(edges)
-    strides = _inclusion_exclusion([leaf._stride for leaf in leaves if hasattr(leaf, "_stride")], n)
+    strides = _inclusion_exclusion([part.a for part in parts if part.kind == Kind.STRIDED], n)
     result = np.zeros(n, np.int64)
     for begin, end in zip(edges, edges[1:], strict=False):
-        result[begin:end] = _counts_of_rows(leaves, strides, begin, end)
+        result[begin:end] = _counts_of_rows(parts, strides, begin, end)
     return result
 
 
@@ -47,16 +48,22 @@ def _inclusion_exclusion(strides, n):
     return {multiple: sign for multiple, sign in terms.items() if sign}
 
 
-def _counts_of_rows(leaves, strides, begin, end):
-    """The counts of query positions `begin` to `end - 1`, over which no leaf's columns change."""
-    i = np.arange(begin, end)
+def _counts_of_rows(parts, strides, begin, end):
+    """The counts of query positions `begin` to `end - 1`, over which no part's columns change."""
+    i, j = np.arange(begin, end), np.arange(end)
     start = i + 1  # of the interval [start, i], empty so far
     columns = np.zeros(end, bool)
-    for leaf in leaves:
-        if hasattr(leaf, "_start"):
-            start = np.minimum(start, leaf._start(i))
-        elif hasattr(leaf, "_columns"):
-            columns |= leaf._columns(end, begin)
+    for part in parts:
+        if part.kind == Kind.CAUSAL:
+            start = np.zeros_like(i)
+        elif part.kind == Kind.LOCAL:
+            start = np.minimum(start, np.maximum(0, i - part.a))
+        elif part.kind == Kind.OWN_BLOCK:
+            start = np.minimum(start, i - i % part.a)
+        elif part.kind == Kind.SUMMARY:
+            columns |= (part.b <= j % part.a) & (j % part.a < part.c)
+        elif part.kind == Kind.BLOCKS:
+            columns |= part.layout[begin // part.a, j // part.a]
     before = np.concatenate([[0], np.cumsum(columns)])  # before[j]: columns among positions 0 ... j-1
     result = i + 1 - start + before[start]
     for stride, sign in strides.items():

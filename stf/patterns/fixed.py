@@ -34,7 +34,7 @@ class Fixed(Pattern):
     def _for_head(self, head):
         if self.sub_block is not None:
             return self
-        return Fixed(self.stride, self.summary, head % (self.stride // self.summary))
+        return self._with(sub_block=head % (self.stride // self.summary))
 
     def _leaves(self):
         return OwnBlock(self.stride), Summary(self.stride, self.summary, self.sub_block)

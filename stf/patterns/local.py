@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
 from stf.patterns.validation import integer
 
@@ -36,5 +37,5 @@ class Local(Pattern):
     def _mask(self, i, j):
         return i - j <= self.window
 
-    def _start(self, i):
-        return np.maximum(0, i - self.window)
+    def _component(self):
+        return Component(Kind.LOCAL, self.window)

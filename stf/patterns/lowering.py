@@ -1,67 +1,12 @@
-"""From patterns to what the kernels run: disjoint components, packed for the op.
-
-Their kinds and the numbers that describe them are those of custom_ops/attention/problem.h.
-"""
+"""From patterns to what the kernels run: disjoint components, packed for the op."""
 
 import dataclasses
-import enum
 from typing import NamedTuple
 
 import numpy as np
 
-from stf.patterns.blocks import Blocks
-from stf.patterns.causal import Causal
-from stf.patterns.local import Local
-from stf.patterns.own_block import OwnBlock
-from stf.patterns.strided import Strided
-from stf.patterns.summary import Summary
+from stf.patterns.component import Component, Kind
 from stf.patterns.validation import integer
-
-
-class Kind(enum.IntEnum):
-    """Kinds of component: `stf_kind` of problem.h."""
-
-    CAUSAL = 0
-    LOCAL = 1
-    STRIDED = 2
-    OWN_BLOCK = 3
-    SUMMARY = 4
-    BLOCKS = 5
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Component:
-    """One of the disjoint sets that a head's pattern is made of.
-
-    The kernels run one after the other and merge the outputs by log-sum-exp.
-
-    Attributes:
-        kind: `Kind`.
-        a, b, c, d: what problem.h says for the kind, except that b of a block layout, its place
-            among the layouts of a program, is 0 until `lower` packs it.
-        exclude: bit t is set where the keys of the head's t-th component are left out of this one.
-        layout: bool `[c, c]` for a block layout, None for all else.
-    """
-
-    kind: int
-    a: int = 0
-    b: int = 0
-    c: int = 0
-    d: int = 0
-    exclude: int = 0
-    layout: np.ndarray | None = None
-
-    def _identity(self):
-        layout = None if self.layout is None else self.layout.tobytes()
-        return self.kind, self.a, self.b, self.c, self.d, self.exclude, layout
-
-    def __eq__(self, other):
-        """Whether all attributes are equal, the layout bit by bit."""
-        return isinstance(other, Component) and self._identity() == other._identity()
-
-    def __hash__(self):
-        """Equal for equal components."""
-        return hash(self._identity())
 
 
 class Program(NamedTuple):
@@ -113,8 +58,8 @@ def lower(pattern, num_heads):
     return Program(records, begin, bytes(layouts))
 
 
-def components(leaves):
-    """The disjoint components whose union is that of `leaves`, patterns of one head without parts.
+def components(parts):
+    """The disjoint components whose union is that of `parts`, the components of one head's leaves.
 
     Everything that closed forms can tell is told by them: what lies in another part is dropped,
     parts of one kind are merged where their union is of that kind, and a strided part begins behind
@@ -122,7 +67,7 @@ def components(leaves):
     overlap does the later one exclude the earlier. Dense kinds come first, so that it is the sparse
     ones that pay for a mask.
     """
-    parts = _simplify(leaves)
+    parts = _simplify(parts)
     if len(parts) > 63:
         raise ValueError(
             f"A pattern must come down to 63 components or less for each head. Received: {len(parts)} components"
@@ -134,27 +79,26 @@ def components(leaves):
     return tuple(result)
 
 
-def _simplify(leaves):
-    """Components that together are exactly the union of the leaves, but may overlap."""
-    kinds = Causal, Local, Strided, OwnBlock, Summary, Blocks
-    of = {kind: [leaf for leaf in leaves if isinstance(leaf, kind)] for kind in kinds}
-    columns = _merge_columns(of[Summary])
-    everything = any(leaf.stride == 1 for leaf in of[Strided]) or any(
+def _simplify(parts):
+    """Components that together are exactly the union of the leaves', but may overlap."""
+    of = {kind: [part for part in parts if part.kind == kind] for kind in Kind}
+    columns = _merge_columns(of[Kind.SUMMARY])
+    everything = any(part.a == 1 for part in of[Kind.STRIDED]) or any(
         (first, end) == (0, stride) for stride, first, end in columns
     )
-    if of[Causal] or everything:
+    if of[Kind.CAUSAL] or everything:
         return [Component(Kind.CAUSAL)]
 
-    window = max((leaf.window for leaf in of[Local]), default=-1)
-    strides = _without_multiples({leaf.stride for leaf in of[Strided]})
-    sizes = {leaf.stride for leaf in of[OwnBlock] if leaf.stride > window + 1}
+    window = max((part.a for part in of[Kind.LOCAL]), default=-1)
+    strides = _without_multiples({part.a for part in of[Kind.STRIDED]})
+    sizes = {part.a for part in of[Kind.OWN_BLOCK] if part.a > window + 1}
     sizes = [m for m in sizes if not any(other % m == 0 for other in sizes if other != m)]
     if window == 0 and (strides or sizes):
         window = -1  # every one of those holds the query itself
 
     parts = [Component(Kind.LOCAL, window)] if window >= 0 else []
     parts += [Component(Kind.OWN_BLOCK, size) for size in sorted(sizes)]
-    blocks = _block_components(of[Blocks], sizes, window)
+    blocks = _block_components(of[Kind.BLOCKS], sizes, window)
     if parts or strides or columns or any(part.layout.any() for part in blocks):
         blocks = [part for part in blocks if part.layout.any()]
     else:
@@ -179,7 +123,7 @@ def _without_multiples(strides):
 def _merge_columns(summaries):
     """[(stride, first column, last + 1)]: ranges of one stride neither overlap nor touch."""
     merged = []
-    for stride, first, end in sorted((leaf.stride, *leaf.columns) for leaf in summaries):
+    for stride, first, end in sorted((part.a, part.b, part.c) for part in summaries):
         if merged and merged[-1][0] == stride and first <= merged[-1][2]:
             merged[-1][2] = max(end, merged[-1][2])
         else:
@@ -187,21 +131,21 @@ def _merge_columns(summaries):
     return merged
 
 
-def _block_components(leaves, sizes, window):
+def _block_components(parts, sizes, window):
     """A component for each shape of layout, less what the own blocks or the window cover."""
     layouts = {}
-    for leaf in leaves:
-        key = leaf.block_size, leaf.blocks
-        layouts[key] = layouts[key] | leaf.layout if key in layouts else leaf.layout
-    parts = []
+    for part in parts:
+        key = part.a, part.c
+        layouts[key] = layouts[key] | part.layout if key in layouts else part.layout
+    result = []
     for (size, blocks), layout in sorted(layouts.items()):
         row, column = np.arange(blocks)[:, None], np.arange(blocks)[None, :]
         layout = layout & (column <= row) & ((row - column + 1) * size - 1 > window)
         for block in sizes:
             if block % size == 0:
                 layout &= row // (block // size) != column // (block // size)
-        parts.append(Component(Kind.BLOCKS, size, 0, blocks, layout=layout))
-    return parts
+        result.append(Component(Kind.BLOCKS, size, 0, blocks, layout=layout))
+    return result
 
 
 def _disjoint(one, other):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
 from stf.patterns.validation import integer
 
@@ -34,5 +35,5 @@ class OwnBlock(Pattern):
     def _mask(self, i, j):
         return i // self.stride == j // self.stride
 
-    def _start(self, i):
-        return i - i % self.stride
+    def _component(self):
+        return Component(Kind.OWN_BLOCK, self.stride)

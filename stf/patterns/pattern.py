@@ -1,8 +1,11 @@
 """The base class of every pattern: what a query position may attend to, and what that costs."""
 
+import copy
+
 import numpy as np
 
-from stf.patterns import counting
+from stf.patterns import counting, lowering
+from stf.patterns.component import check_whole
 from stf.patterns.validation import integer
 
 
@@ -11,8 +14,15 @@ class Pattern:
 
     A pattern is immutable, hashable and independent of the sequence length. Patterns combine:
     `p | q` is their union (Eq. 7 of Child et al. 2019, "merged"), and `PerHead([p, q])` gives each
-    head its own (Eq. 8). Subclasses of this class that are not a combination are *leaves*; they
-    define `_keys`, `_mask` and one of the three shapes that `counting` knows.
+    head its own (Eq. 8). Subclasses that are not a combination are *leaves*.
+
+    A leaf of one's own defines `_keys` and `_mask`, names its constructor's arguments in `_arguments`
+    and keeps each as an attribute of that name. It can then be looked at (`keys`, `mask`, `hops`) and
+    run by `stf.ops.reference_attention`. To be counted and run by `stf.ops.attention` it also says in
+    `_component` the same set as the kernels know it; one that has no such form cannot be run by them,
+    alone or in a union, and NotImplementedError says so. A subclass of a leaf or of a combination may
+    add to it; if it changes the set (`_keys`, `_mask`) it is a leaf of its own, whose `_component` must
+    be said anew. `deserialize` knows the patterns of this package alone.
 
     Example:
 
@@ -69,7 +79,7 @@ class Pattern:
         """The number of keys of each query, int64 `[n]`: `mask(n, head).sum(axis=1)` in O(n)."""
         n = integer("n", n, 0)
         self.check_positions(n)
-        return counting.counts(self.for_head(head)._leaves(), n)
+        return counting.counts(self._whole_components(head), n)
 
     def pairs(self, n, head=0):
         """The exact number of (query, key) pairs of one head: `mask(n, head).sum()`.
@@ -136,9 +146,11 @@ class Pattern:
 
     def components(self, head=0):
         """What the kernels run for one head: disjoint `Component`s whose union is the pattern."""
-        from stf.patterns import lowering
+        return lowering.components(self._whole_components(head))
 
-        return lowering.components(self.for_head(head)._leaves())
+    def _whole_components(self, head):
+        """The components of one head's leaves, which may overlap."""
+        return [check_whole(leaf._component()) for leaf in self.for_head(head)._leaves()]
 
     def check_positions(self, n):
         """Raises ValueError where a block layout was made for another number of positions."""
@@ -181,9 +193,34 @@ class Pattern:
         """A leaf's set for broadcast query positions `i` and key positions `j <= i`."""
         raise NotImplementedError
 
+    def _component(self):
+        """A leaf's set as the kernels know it: a `Component`, whole as `check_whole` has it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `_component`, the stf.patterns.Component of the set of its `_keys` and "
+            f"`_mask`, to be counted or run by stf.ops.attention. Received: pattern={self!r}"
+        )
+
+    def __init_subclass__(cls, **kwargs):
+        """Makes a class that changes the set a leaf without a component, unless it says that too."""
+        super().__init_subclass__(**kwargs)
+
+        def depth(name):
+            return next(at for at, base in enumerate(cls.__mro__) if name in vars(base))
+
+        changed = min(map(depth, ("_keys", "_mask", "keys", "mask")))
+        for name in ("_leaves", "_component"):
+            if depth(name) > changed:
+                setattr(cls, name, vars(Pattern)[name])
+
+    def _with(self, **attributes):
+        """A copy with other attributes, whatever its class's constructor takes."""
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        return other
+
     def _identity(self):
         """What identifies a pattern beside its class; hashable."""
-        return tuple(self.get_config().items())
+        return tuple(vars(self).items())
 
     def __or__(self, other):
         """The union of both."""

@@ -12,11 +12,17 @@ def serialize(pattern):
     {'class_name': 'Strided', 'config': {'stride': 128}}
 
     Raises:
-        ValueError: if `pattern` is not a pattern.
+        ValueError: if `pattern` is not a pattern, or its class is another than that of stf.patterns of
+            its name, which `deserialize` would make of it.
     """
+    from stf import patterns
+
     if not isinstance(pattern, Pattern):
         raise ValueError(f"`pattern` must be a pattern. Received: pattern={pattern!r}")
-    return {"class_name": type(pattern).__name__, "config": pattern.get_config()}
+    name = type(pattern).__name__
+    if getattr(patterns, name, type(pattern)) is not type(pattern):
+        raise ValueError(f"`pattern` must not be of another class named {name}. Received: pattern={pattern!r}")
+    return {"class_name": name, "config": pattern.get_config()}
 
 
 def deserialize(config):

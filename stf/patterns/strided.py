@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
 from stf.patterns.validation import integer
 
@@ -36,6 +37,5 @@ class Strided(Pattern):
     def _mask(self, i, j):
         return (i - j) % self.stride == 0
 
-    @property
-    def _stride(self):
-        return self.stride
+    def _component(self):
+        return Component(Kind.STRIDED, self.stride)

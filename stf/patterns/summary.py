@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
 from stf.patterns.validation import integer
 
@@ -41,7 +42,7 @@ class Summary(Pattern):
     def _for_head(self, head):
         if self.sub_block is not None:
             return self
-        return Summary(self.stride, self.summary, head % (self.stride // self.summary))
+        return self._with(sub_block=head % (self.stride // self.summary))
 
     @property
     def columns(self):
@@ -58,8 +59,8 @@ class Summary(Pattern):
         first, end = self.columns
         return (first <= j % self.stride) & (j % self.stride < end)
 
-    def _columns(self, n, row):
-        return self._mask(row, np.arange(n))
+    def _component(self):
+        return Component(Kind.SUMMARY, self.stride, *self.columns, 1)
 
 
 def check_summary(stride, summary, sub_block):

@@ -23,9 +23,7 @@ class Union(Pattern):
     """
 
     def __init__(self, parts):
-        parts = check_patterns("parts", parts)
-        flat = (each for part in parts for each in (part.parts if isinstance(part, Union) else (part,)))
-        self.parts = tuple(dict.fromkeys(flat))
+        self.parts = _flat(check_patterns("parts", parts))
 
     def get_config(self):
         """The arguments as plain data: `parts` as `serialize` gives them."""
@@ -37,7 +35,7 @@ class Union(Pattern):
         return cls([deserialize(part) for part in config["parts"]])
 
     def _for_head(self, head):
-        return Union([part.for_head(head) for part in self.parts])
+        return self._with(parts=_flat(part.for_head(head) for part in self.parts))
 
     def _check_positions(self, n):
         for part in self.parts:
@@ -56,6 +54,12 @@ class Union(Pattern):
     def __repr__(self):
         """The expression that makes the pattern."""
         return " | ".join(map(repr, self.parts)) if len(self.parts) > 1 else f"Union({[*self.parts]})"
+
+
+def _flat(parts):
+    """Each part once, those of unions in place of the unions."""
+    flat = (each for part in parts for each in (part.parts if type(part) is Union else (part,)))
+    return tuple(dict.fromkeys(flat))
 
 
 def check_patterns(name, patterns):

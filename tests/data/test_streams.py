@@ -37,6 +37,27 @@ def test_crops_go_on_where_they_were_and_shards_are_the_joint_batch():
     assert not np.array_equal(other, whole[0])
 
 
+@pytest.mark.parametrize("draw", [crops, lambda stream, length, *rest: batches(stream.reshape(-1, length), *rest)])
+def test_all_seeds_of_32_bits_draw_and_no_two_alike(draw):
+    stream = np.random.default_rng(0).integers(0, 256, 6400).astype(np.uint8)
+
+    def first(seed):
+        return next(iter(draw(stream, 16, 8, seed)))[0].numpy().tobytes()
+
+    seeds = [0, 1, 5, 2**31 - 1, 2**31, 2**31 + 5, 2**32 - 1]
+    assert len({first(seed) for seed in seeds}) == len(seeds)
+    for numpys in (np.int32(5), np.int64(5), np.uint64(5)):
+        assert first(numpys) == first(5)
+    for bad in (2**32, 2**63, -1, 1.5, "1", True):
+        with pytest.raises(ValueError, match=f"Received: seed={bad!r}"):
+            draw(stream, 16, 8, bad)
+
+
+def test_crops_need_a_seed():
+    with pytest.raises(ValueError, match="seed=None"):
+        crops(np.zeros(5, np.uint8), 2, 1, None)
+
+
 def test_the_head_of_a_stream_keeps_its_borders():
     stream = Stream.of([np.arange(5), np.arange(3), np.arange(9)])
     assert list(stream.head(7).borders) == [0, 5, 7] and len(stream.head(7).tokens) == 7

@@ -123,11 +123,28 @@ def test_top_k_draws_from_the_likeliest_alone():
     ("arguments", "says"),
     [
         (dict(temperature=-1), "temperature=-1"),
+        (dict(temperature=np.nan), "temperature=nan"),
+        (dict(temperature="1"), "temperature='1'"),
         (dict(top_k=0), "top_k=0"),
+        (dict(top_k=2.0), "top_k=2.0"),
+        (dict(top_k=14), "top_k=14"),
         (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p="1"), "top_p='1'"),
         (dict(length=N + 1), f"length={N + 1}"),
+        (dict(length=-1), "length=-1"),
+        (dict(length=3.0), "length=3.0"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(batch_size="2"), "batch_size='2'"),
+        (dict(seed=2**32), "seed=4294967296"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(seed=1.5), "seed=1.5"),
         (dict(prefix=np.zeros((1, N + 1))), "prefix of shape"),
-        (dict(prefix=np.full((1, 2), 13)), "tokens from 0 to 12"),
+        (dict(prefix=np.full((1, 2), 13)), "tokens from 0 to 12.*token 13"),
+        (dict(prefix=[[2**40]]), "tokens from 0 to 12.*token 1099511627776"),
+        (dict(prefix=[[0.5]]), "integer tokens.*float64"),
+        (dict(prefix=[[None]]), "integer tokens.*None"),
+        (dict(prefix=[["1"]]), "integer tokens.*'1'"),
+        (dict(prefix=[[True]]), "integer tokens.*bool"),
     ],
 )
 def test_refuses_bad_arguments(arguments, says):
@@ -135,7 +152,20 @@ def test_refuses_bad_arguments(arguments, says):
         make(PATTERNS[:1]).generate(verbose=0, **arguments)
 
 
+def test_seeds_of_32_bits_and_numpys_numbers_draw():
+    model = make(PATTERNS[:1])
+    arguments = dict(batch_size=np.int64(2), length=np.int64(5), top_k=np.int64(9), top_p=np.float32(0.9), verbose=0)
+    drawn = [model.generate(seed=seed, **arguments) for seed in (np.int64(7), 7, 2**31, 2**32 - 1)]
+    np.testing.assert_array_equal(*drawn[:2])
+    assert len({tokens.tobytes() for tokens in drawn}) == 3
+    assert model.generate(prefix=[[]], length=3, verbose=0).shape == (1, 3)
+
+
 def test_decoder_refuses_positions_outside_its_room():
-    decoder = Decoder(make(PATTERNS[:1]), 1, 4)
+    model = make(PATTERNS[:1])
+    for length in (0, 4.0, N + 1):
+        with pytest.raises(ValueError, match=f"length={length}"):
+            Decoder(model, 1, length)
+    decoder = Decoder(model, 1, 4)
     with pytest.raises(ValueError, match="position=4"):
         decoder.step([0], 4)

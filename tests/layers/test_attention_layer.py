@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from stf import patterns
-from stf.layers import FixedAttention, SparseAttention, StridedAttention
+from stf.layers import FixedAttention, SparseAttention, SparseResidualBlock, StridedAttention
 
 RANDOM = np.random.default_rng(0)
 
@@ -100,6 +100,60 @@ def test_padding_on_the_left_is_refused():
         StridedAttention(2, 4, 4)(vectors(batch=1), mask=mask)
 
 
+ATTENTIONS = {
+    "strided": lambda: StridedAttention(2, 8, stride=4),
+    "fixed": lambda: FixedAttention(2, 8, stride=4, summary=1),
+    "half precision": lambda: StridedAttention(2, 8, stride=4, dtype="mixed_float16"),
+    "block": lambda: SparseResidualBlock(StridedAttention(2, 8, stride=4), dropout=0.1),
+    "block, recomputed": lambda: SparseResidualBlock(StridedAttention(2, 8, stride=4), dropout=0.1, recompute=True),
+}
+IDS = np.array([[0] * 6 + [*range(1, 11)], [*range(1, 11)] + [0] * 6, [1, 0] * 8, [0] * 16], np.int32)
+RIGHT = np.array([False, True, False, True])
+
+
+@pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_padding_that_is_not_on_the_right_is_loud_with_and_without_a_compiler(make):
+    model = keras.Sequential([keras.Input([16], dtype="int32"), keras.layers.Embedding(20, 16, mask_zero=True), make()])
+    model.compile()
+    for row in range(4):
+        if RIGHT[row]:
+            model.predict(IDS[row : row + 1], verbose=0)
+            continue
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Assert"):
+            model.predict(IDS[row : row + 1], verbose=0)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="on the right"):
+            model(IDS[row : row + 1])
+    want = model.predict(IDS[RIGHT], verbose=0)
+    model.compile(jit_compile=True)
+    got = model.predict(IDS, verbose=0)
+    assert np.isnan(got[~RIGHT]).all()
+    np.testing.assert_allclose(got[RIGHT], want, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["strided", "block, recomputed"])
+def test_a_compiled_step_has_no_gradient_that_seems_right_of_padding_on_the_left(name):
+    layer, x = ATTENTIONS[name](), vectors(batch=4, positions=16, width=16)
+
+    @tf.function(jit_compile=True)
+    def step(mask):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.cast(layer(x, mask=mask, training=True), tf.float32) ** 2)
+        return tape.gradient(loss, [weight.value for weight in layer.trainable_weights])
+
+    layer.build(x.shape)
+    right = np.arange(16) < np.array([[16], [3], [0], [9]])
+    assert all(np.isfinite(grad).all() for grad in step(right))
+    assert all(np.isnan(grad).any() for grad in step(np.concatenate([right[:3], ~right[1:2]])))
+
+
+def test_scores_of_a_refused_mask_are_not_numbers_when_compiled():
+    layer, x = StridedAttention(2, 8, stride=4), vectors(batch=4, positions=16)
+    run = tf.function(lambda mask: layer(x, mask=mask, return_attention_scores=True), jit_compile=True)
+    output, scores = run(IDS != 0)
+    assert np.isnan(output.numpy()[~RIGHT]).all() and np.isnan(scores.numpy()[~RIGHT]).all()
+    assert np.isfinite(output.numpy()[RIGHT]).all() and np.isfinite(scores.numpy()[RIGHT]).all()
+
+
 def test_output_shape_of_several_axes_and_dynamic_shapes():
     layer = SparseAttention(2, 4, patterns.Local(3), output_shape=(5, 6))
     assert layer(vectors()).shape == (2, 13, 5, 6)
@@ -129,7 +183,13 @@ def test_output_initializer_is_the_output_kernels_alone():
         (dict(num_heads=0), "num_heads=0"),
         (dict(key_dim=2.0), "key_dim=2.0"),
         (dict(value_dim=-1), "value_dim=-1"),
+        (dict(value_dim=0), "value_dim=0"),
         (dict(output_shape=(1, 1, 1, 1)), "output_shape"),
+        (dict(output_shape=3.0), "output_shape=3.0"),
+        (dict(output_shape=(2, 0)), "output_shape=0"),
+        (dict(output_shape=()), r"output_shape=\(\)"),
+        (dict(seed=1.5), "seed=1.5"),
+        (dict(seed=2**32), "seed=4294967296"),
         (dict(pattern="strided"), "pattern='strided'"),
         (dict(pattern=patterns.Blocks(np.ones((3, 2, 2), bool), 4)), r"num_heads=2|\(3, 2, 2\)"),
     ],
@@ -149,3 +209,14 @@ def test_refuses_bad_calls():
         StridedAttention(2, 4, 4, mode="both")
     with pytest.raises(ValueError, match="mode='both'"):
         FixedAttention(2, 4, 4, 1, mode="both")
+
+
+@pytest.mark.parametrize("value", [8.0, "8", 0, -1, None, True])
+def test_the_stride_is_refused_by_its_own_name(value):
+    for mode in ("merged", "local", "strided", "multihead"):
+        with pytest.raises(ValueError, match=f"`stride` must.*Received: stride={value!r}"):
+            StridedAttention(2, 4, value, mode)
+    with pytest.raises(ValueError, match=f"`stride` must.*Received: stride={value!r}"):
+        FixedAttention(2, 4, value, 1)
+    with pytest.raises(ValueError, match=f"`summary` must.*Received: summary={value!r}"):
+        FixedAttention(2, 4, 8, value)

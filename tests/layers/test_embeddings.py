@@ -53,10 +53,31 @@ def test_refuses_longer_sequences():
     dynamic = tf.function(layer, input_signature=[tf.TensorSpec([None, None], tf.uint8)])
     with pytest.raises(tf.errors.InvalidArgumentError, match="12 positions"):
         dynamic(tokens(13))
-    with pytest.raises(ValueError, match="width=0"):
-        SequenceEmbedding(7, 0, AXES)
-    with pytest.raises(ValueError, match="reading='other'"):
-        SequenceEmbedding(7, 5, AXES, reading="other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(vocabulary_size=0), "`vocabulary_size` must.*vocabulary_size=0"),
+        (dict(vocabulary_size=True), "`vocabulary_size` must.*vocabulary_size=True"),
+        (dict(width=0), "`width` must.*width=0"),
+        (dict(width=5.0), "`width` must.*width=5.0"),
+        (dict(axes=(4, 3.0)), "`axes` must.*axes=3.0"),
+        (dict(axes=()), r"`axes` must.*axes=\(\)"),
+        (dict(axes=12), "`axes` must.*axes=12"),
+        (dict(reading="other"), "reading='other'"),
+        (dict(seed="1"), "seed='1'"),
+    ],
+)
+def test_refuses_bad_arguments_by_name(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        SequenceEmbedding(**dict(vocabulary_size=7, width=5, axes=AXES) | arguments)
+
+
+@pytest.mark.parametrize("fan_in", [0, -1, 2.0, "a", None])
+def test_the_papers_initializer_needs_inputs(fan_in):
+    with pytest.raises(ValueError, match=f"fan_in={fan_in!r}"):
+        paper_initializer(fan_in)
 
 
 def test_initial_values_follow_the_paper():

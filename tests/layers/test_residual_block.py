@@ -184,7 +184,14 @@ def test_takes_a_users_attention_and_refuses_what_does_not_fit():
     assert dense(vectors(), training=True).shape == (BATCH, POSITIONS, WIDTH)
     for arguments, says in [
         (dict(dropout=1.0), "dropout=1.0"),
+        (dict(dropout="0.5"), "dropout='0.5'"),
+        (dict(dropout=None), "dropout=None"),
         (dict(ff_dim=0), "ff_dim=0"),
+        (dict(ff_dim=4.0), "ff_dim=4.0"),
+        (dict(ff_dim=True), "ff_dim=True"),
+        (dict(epsilon=0), "epsilon=0"),
+        (dict(epsilon="small"), "epsilon='small'"),
+        (dict(seed="1"), "seed='1'"),
         (dict(attention=None), "attention=None"),
     ]:
         with pytest.raises(ValueError, match=says):

@@ -24,6 +24,12 @@ def test_each_makes_a_model_of_as_many_parameters(name):
     assert SparseTransformer(**config).count_params() == count_parameters(config)
 
 
+@pytest.mark.parametrize("name", ["num_heads", "key_dim", "value_dim", "ff_dim"])
+def test_a_size_of_0_is_not_taken_for_the_default(name):
+    with pytest.raises(ValueError, match=f"{name}=0"):
+        count_parameters(preset("cifar10-small") | {name: 0})
+
+
 def test_the_table_has_a_line_for_each():
     lines = presets.table().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(PRESETS)

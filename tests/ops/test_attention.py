@@ -3,10 +3,12 @@
 import itertools
 
 import numpy as np
+import paper_sets as sets
 import pytest
 
 from ops.cases import HEADS, NAMES, case, check, run
 from ops.float64_reference import DTYPES, random_inputs
+from stf.patterns import Blocks, Local
 
 DEPTHS = [(1, 1), (3, 17), (17, 3), (8, 8), (16, 32), (40, 72), (64, 64), (64, 128), (128, 128), (256, 256)]
 
@@ -50,6 +52,32 @@ def test_lengths(name, dtype):
 def test_strides_as_long_as_a_tile(name, l):
     n = 4 * l + 5
     check(random_inputs(l, 1, n, HEADS, 8, 8), *case(name, l, n))
+
+
+LAYOUT = np.eye(9, k=-2, dtype=bool) | np.eye(9, k=-4, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "masks"),
+    [
+        # The window and the layout share one pair of a tile of 64 queries and a block of 16 keys.
+        (Local(17) | Blocks(LAYOUT, 16), lambda n: (sets.local(n, 17), sets.blocks(n, LAYOUT, 16))),
+        # The window leaves out one pair of the last tile's two queries and their first 64 keys.
+        (Local(64), lambda n: (sets.local(n, 64),)),
+    ],
+    ids=["shared", "left out"],
+)
+def test_single_pairs_at_the_edges_of_tiles(pattern, masks):
+    n = 130
+    check(random_inputs(5, 1, n, HEADS, 8, 12), pattern, np.stack([sets.union(*masks(n))] * HEADS))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_halves_of_whole_vectors_shorter_than_a_stride(name, dtype):
+    """Rows of 32 halves, and fewer positions than a stride or a block: what is clipped to the sequence stays right."""
+    for l, n in ((32, 27), (32, 31), (64, 40)):
+        check(random_inputs(n, 2, n, HEADS, 32, 32, dtype), *case(name, l, n), f"l={l} n={n} {dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,11 +18,19 @@ from ops.float64_reference import DTYPES, random_inputs
 TESTS = pathlib.Path(__file__).parents[1]
 PATTERN = stf.patterns.Local(5) | stf.patterns.Strided(5)
 
+# What /proc/cpuinfo calls the features that the kernels of each instruction set need; the best comes first.
+FEATURES = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "generic": set(),
+}
+
 DIGEST = """
-import hashlib, sys
+import ctypes, hashlib, sys
 sys.path.insert(0, {tests!r})
 import tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads({threads})
+import stf
 from ops.cases import HEADS, NAMES, case, check, run
 from ops.float64_reference import DTYPES, random_inputs
 digest = hashlib.sha256()
@@ -33,27 +41,56 @@ for name in NAMES:
             go = check if {checked} else lambda inputs, pattern, mask: run(inputs, pattern)
             for x in go(inputs, *case(name, 7, 149)):
                 digest.update(x.tobytes())
-print(digest.hexdigest())
+# Backward's tiles add to the same keys in turn. Here a block ends within a tile, so that the segments of one tile begin
+# and end within those of another, and a turn that comes too early changes the order of a sum.
+for pattern, n in ((stf.patterns.Fixed(100, 30), 700), (stf.patterns.Fixed(300, 8), 2300)):
+    inputs = random_inputs(3, 1, n, 1, 12, 20)
+    for _ in range({repeats}):
+        for x in run(inputs, pattern):
+            digest.update(x.tobytes())
+isa = ctypes.CDLL(stf.ops.library.library_path()).stf_attention_cpu_isa
+isa.restype = ctypes.c_char_p
+print(isa().decode(), digest.hexdigest())
 """
 
 
-def digest(threads=2, checked=False, isa=None):
-    """A hash of all outputs and gradients, by a process of its own."""
+def available():
+    """The instruction sets of FEATURES that this processor has."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    return [isa for isa, features in FEATURES.items() if features <= flags]
+
+
+def digest(threads=2, checked=False, isa=None, repeats=1):
+    """A hash of all outputs and gradients, by a process of its own, which ran the instruction set that was asked for.
+
+    Args:
+        threads: of TensorFlow's pool.
+        checked: whether results are also held against float64.
+        isa: an instruction set; the processor's best unless given.
+        repeats: runs of the patterns whose backward tiles wait for one another within segments.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_NUM_")}
+    environment.pop("STF_CPU_ISA", None)
     if isa:
         environment["STF_CPU_ISA"] = isa
-    program = DIGEST.format(tests=str(TESTS), threads=threads, checked=checked)
+    program = DIGEST.format(tests=str(TESTS), threads=threads, checked=checked, repeats=repeats)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1]
+    ran, found = done.stdout.split()[-2:]
+    assert ran == (isa or available()[0])
+    return found
 
 
 def test_same_bits_with_one_two_and_eight_threads():
-    assert digest(threads=1) == digest(threads=2) == digest(threads=8)
+    one, two, eight = (digest(threads=threads, repeats=30) for threads in (1, 2, 8))
+    assert one == two == eight
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
-def test_lesser_instruction_sets_are_right_too(isa):
+@pytest.mark.parametrize("isa", FEATURES)
+def test_every_instruction_set_is_right(isa):
+    if isa not in available():
+        pytest.skip(f"this processor has no {isa}")
     digest(checked=True, isa=isa)
 
 
@@ -177,6 +214,9 @@ REFUSALS = [
     (dict(pattern=stf.patterns.Blocks(np.ones((3, 3), bool), 3)), "positions|blocks"),
     (dict(lengths=[6]), "lengths="),
     (dict(lengths=[6.0, 6.0]), "lengths="),
+    (dict(lengths=[None, 6]), r"lengths must be integers.*lengths=\[None, 6\]"),
+    (dict(lengths=["6", "6"]), r"lengths must be integers.*lengths=\['6', '6'\]"),
+    (dict(lengths=[2**70, 6]), "lengths must be integers.*lengths="),
     (dict(scale=np.inf), "scale=inf"),
     (dict(scale="1"), None),
 ]
