@@ -8,88 +8,17 @@
 
 #include "custom_ops/attention/cpu/kernels.h"
 #include "custom_ops/attention/cpu/simd.h"
+#include "custom_ops/attention/sets.h"  // behind simd.h, which names the instruction set
 
 namespace stf {
 namespace cpu {
 namespace STF_ISA {
 
-inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
+using Interval = stf::Interval<int64_t>;
+using View = stf::View<int64_t>;
 
-// A sequence of queries: query m stands at position start + m * step; there are `count` of them.
-struct View {
-  int64_t start, step, count;
-  int64_t Position(int64_t m) const { return start + m * step; }
-};
-
-struct Interval {
-  int64_t low, high;
-};
-
-// Keys in a component's own numbering: the sequence's own for strided components, the columns in use for summaries, else positions.
-inline int64_t KeyPosition(const stf_component& c, const View& view, int64_t t) {
-  if (c.kind == STF_STRIDED) return view.Position(t);
-  if (c.kind == STF_SUMMARY) return t / (c.c - c.b) * c.a + c.b + t % (c.c - c.b);
-  return t;
-}
-
-// The keys of query m, block layouts apart (there: the causal range).
-inline Interval KeysOf(const stf_component& c, int64_t m) {
-  switch (c.kind) {
-    case STF_LOCAL:
-      return {Most(0, m - c.a), m + 1};
-    case STF_STRIDED:
-      return {0, Most(0, m + 1 - c.b)};
-    case STF_OWN_BLOCK:
-      return {m / c.a * c.a, m + 1};
-    case STF_SUMMARY: {
-      const int64_t width = c.c - c.b, block = m / c.a;
-      const int64_t own = c.d ? Least(width, Most(0, m % c.a + 1 - c.b)) : 0;
-      return {0, block * width + own};
-    }
-    default:
-      return {0, m + 1};
-  }
-}
-
-inline bool LayoutBit(const stf_problem& problem, const stf_component& c, int64_t row, int64_t column) {
-  const int64_t bit = c.b + row * c.c + column;
-  return (problem.layouts[bit / 8] >> (bit % 8)) & 1;
-}
-
-// Whether query position i may attend to key position j <= i through component c, exclusions apart.
-inline bool Covers(const stf_problem& problem, const stf_component& c, int64_t i, int64_t j) {
-  switch (c.kind) {
-    case STF_LOCAL:
-      return i - j <= c.a;
-    case STF_STRIDED:
-      return (i - j) % c.a == 0 && i - j >= c.b * c.a;
-    case STF_OWN_BLOCK:
-      return i / c.a == j / c.a;
-    case STF_SUMMARY: {
-      const int64_t column = j % c.a;
-      return column >= c.b && column < c.c && (c.d || j / c.a < i / c.a);
-    }
-    case STF_BLOCKS:
-      return LayoutBit(problem, c, i / c.a, j / c.a);
-    default:
-      return true;
-  }
-}
-
-// Whether component c may cover any pair of a query in [i0, i1] and a key in [j0, j1]; true where that is not easily told.
-inline bool MayCover(const stf_component& c, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-  switch (c.kind) {
-    case STF_LOCAL:
-      return i0 - j1 <= c.a;
-    case STF_OWN_BLOCK:
-      return i0 / c.a <= j1 / c.a;
-    case STF_STRIDED:
-      return i1 - j0 >= c.b * c.a;
-    default:
-      return true;
-  }
-}
+inline int64_t Least(int64_t a, int64_t b) { return stf::Least(a, b); }
+inline int64_t Most(int64_t a, int64_t b) { return stf::Most(a, b); }
 
 // A tile's keys in one component, at most kKeys of them.
 struct Segment {
@@ -108,7 +37,7 @@ struct Cursor {
 
 inline bool SameColumn(const stf_problem& problem, const stf_component& c, int64_t row_begin, int64_t row_end, int64_t x, int64_t y) {
   for (int64_t row = row_begin; row <= row_end; row++) {
-    if (LayoutBit(problem, c, row, x) != LayoutBit(problem, c, row, y)) return false;
+    if (LayoutBit(problem.layouts, c, row, x) != LayoutBit(problem.layouts, c, row, y)) return false;
   }
   return true;
 }
@@ -120,7 +49,7 @@ inline void SkipEmpty(const stf_problem& problem, int64_t first, int64_t last, C
   while (!cursor->Done()) {
     const int64_t column = cursor->next / c.a;
     for (int64_t row = first / c.a; row <= last / c.a; row++) {
-      if (LayoutBit(problem, c, row, column)) return;
+      if (LayoutBit(problem.layouts, c, row, column)) return;
     }
     cursor->next = (column + 1) * c.a;
   }
@@ -178,7 +107,7 @@ inline void FindExcluded(const stf_problem& problem, const Group& group, const V
       const int64_t j = KeyPosition(c, view, segment.begin + t);
       for (int lane = 0; lane < lanes; lane++) {
         const int64_t i = view.Position(first + lane);
-        if (j <= i && Covers(problem, group.program[e], i, j)) mask->left_out[t] |= uint64_t{1} << lane;
+        if (j <= i && Covers(problem.layouts, group.program[e], i, j)) mask->left_out[t] |= uint64_t{1} << lane;
       }
     }
   }
@@ -205,7 +134,7 @@ inline void FindMask(const stf_problem& problem, const Group& group, const View&
   for (int lane = 0; lane < groups * kGroup; lane++) {
     const int64_t m = first + (lane < lanes ? lane : lanes - 1);
     Interval keys = KeysOf(c, m);
-    if (c.kind == STF_BLOCKS && !LayoutBit(problem, c, m / c.a, segment.begin / c.a)) keys.high = 0;
+    if (c.kind == STF_BLOCKS && !LayoutBit(problem.layouts, c, m / c.a, segment.begin / c.a)) keys.high = 0;
     const int64_t high = Most(0, Least(segment.count, keys.high - segment.begin));
     mask->low[lane] = static_cast<int32_t>(Most(0, Least(high, keys.low - segment.begin)));
     mask->high[lane] = static_cast<int32_t>(high);

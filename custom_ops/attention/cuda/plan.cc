@@ -171,25 +171,9 @@ class Planner {
   bool Add(int32_t program, const PlannedPass& step, Launch* launch) const {
     const int count = Count(program), slot = launch->programs, begin = launch->component_count;
     if (slot == kMaxPrograms || begin + count > kMaxComponents) return false;
-    const int32_t limit = static_cast<int32_t>(problem_.positions);
-    auto clamp = [&](int64_t x) { return static_cast<int32_t>(std::min<int64_t>(x, limit)); };
     for (int t = 0; t < count; t++) {
       const stf_component& from = Components(program)[t];
-      Component& to = launch->components[begin + t];
-      to = {static_cast<int32_t>(from.kind),    clamp(from.a), clamp(from.b), clamp(from.c), clamp(from.d), 0,
-            static_cast<uint64_t>(from.exclude)};
-      if (from.kind == STF_BLOCKS) {
-        to.b = 0;
-        to.c = static_cast<int32_t>(from.c);  // a layout's row, however long
-        to.bits = from.b;
-      }
-      if (from.kind == STF_SUMMARY) {
-        const uint64_t width = std::max(to.c - to.b, 1);
-        uint32_t bits = 0;
-        while (uint64_t{1} << bits < width) bits++;
-        to.shift = 31 + bits;
-        to.reciprocal = static_cast<uint32_t>(((uint64_t{1} << to.shift) + width - 1) / width);
-      }
+      launch->components[begin + t] = ComponentOf(from, problem_.positions);
       if (step.members >> t & 1 && (from.kind == STF_BLOCKS || from.exclude != 0)) launch->general = true;
     }
     if (step.sequence_step > 1 && step.packed_rows) {  // own blocks, seen as sequences

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "custom_ops/attention/problem.h"
+#include "custom_ops/attention/sets.h"
 
 namespace stf {
 namespace cuda {
@@ -20,6 +21,31 @@ struct Component {
   uint64_t exclude;
   uint32_t reciprocal, shift;  // summary: x / (c - b) is x * reciprocal >> shift, for 0 <= x < 2^31
 };
+
+STF_SETS int64_t SummaryBlock(const Component& c, int64_t t) {
+  return static_cast<int>(static_cast<uint64_t>(t) * c.reciprocal >> c.shift);
+}
+STF_SETS int64_t LayoutBegin(const Component& c) { return c.bits; }
+
+// A component of a call with so many positions.
+inline Component ComponentOf(const stf_component& from, int64_t positions) {
+  const auto cut = [&](int64_t x) { return static_cast<int32_t>(x < positions ? x : positions); };
+  Component c = {static_cast<int32_t>(from.kind),    cut(from.a), cut(from.b), cut(from.c), cut(from.d), 0,
+                 static_cast<uint64_t>(from.exclude)};
+  if (from.kind == STF_BLOCKS) {
+    c.b = 0;
+    c.c = static_cast<int32_t>(from.c);  // a layout's row, however long
+    c.bits = from.b;
+  }
+  if (from.kind == STF_SUMMARY) {
+    const uint64_t width = c.c > c.b ? c.c - c.b : 1;
+    uint32_t bits = 0;
+    while (uint64_t{1} << bits < width) bits++;
+    c.shift = 31 + bits;
+    c.reciprocal = static_cast<uint32_t>(((uint64_t{1} << c.shift) + width - 1) / width);
+  }
+  return c;
+}
 
 struct Arguments {
   stf_tensor query, key, value, output;

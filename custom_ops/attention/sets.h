@@ -1,0 +1,171 @@
+// The sets of keys that components are: the only place that says what a kind covers. The CPU's kernels use it for stf_component, once for
+// each instruction set, the GPU's for their own records of 32 bits.
+//
+// A component numbers its keys: strided ones as the sequence of queries is numbered, summaries by their columns in use, all others by
+// position. In that numbering the keys of a query are an interval, the queries of a key are an interval of queries, and the ends of both
+// grow. So a tile of rows visits a range, a part of its rows needs a part of that, and a mask is two comparisons. Block layouts and
+// exclusions come on top: of a layout the intervals have all that is causal.
+#ifndef STF_CUSTOM_OPS_ATTENTION_SETS_H_
+#define STF_CUSTOM_OPS_ATTENTION_SETS_H_
+
+#include <stdint.h>
+
+#include "custom_ops/attention/problem.h"
+
+#ifdef __CUDACC__
+#define STF_SETS __device__ inline
+#else
+#define STF_SETS inline
+#endif
+
+// Compiled for several instruction sets (cpu/simd.h), a function has a name for each, so that the linker takes none for another's.
+#ifdef STF_ISA
+#define STF_SETS_NAMESPACE STF_ISA
+#else
+#define STF_SETS_NAMESPACE any_isa
+#endif
+
+namespace stf {
+inline namespace STF_SETS_NAMESPACE {
+
+template <typename Index>
+STF_SETS Index Least(Index a, Index b) {
+  return a < b ? a : b;
+}
+template <typename Index>
+STF_SETS Index Most(Index a, Index b) {
+  return a > b ? a : b;
+}
+
+template <typename Index>
+struct Interval {
+  Index low, high;  // low <= x < high
+};
+
+// A sequence of queries: query m stands at position start + m * step; there are `count` of them.
+template <typename Index>
+struct View {
+  Index start, step, count;
+  STF_SETS Index Position(Index m) const { return start + m * step; }
+};
+
+// What a record of components may do in a way of its own: the summary's block in which its column in use t lies, and where the bits of a
+// layout begin.
+STF_SETS int64_t SummaryBlock(const stf_component& c, int64_t t) { return t / (c.c - c.b); }
+STF_SETS int64_t LayoutBegin(const stf_component& c) { return c.b; }
+
+template <typename Component>
+using IndexOf = decltype(Component::a);
+
+// Position of key t.
+template <typename Component>
+STF_SETS IndexOf<Component> KeyPosition(const Component& c, const View<IndexOf<Component>>& view, IndexOf<Component> t) {
+  if (c.kind == STF_STRIDED) return view.Position(t);
+  if (c.kind != STF_SUMMARY) return t;
+  return t + c.b + SummaryBlock(c, t) * (c.a - (c.c - c.b));
+}
+
+// Calls visit(keys_of), where keys_of(m) is the interval of query m's keys: for many queries the kind is looked at once.
+template <typename Component, typename Visit>
+STF_SETS void VisitKeysOf(const Component& c, Visit visit) {
+  using Index = IndexOf<Component>;
+  using Keys = Interval<Index>;
+  switch (c.kind) {
+    case STF_LOCAL:
+      return visit([&](Index m) { return Keys{Most<Index>(0, m - c.a), m + 1}; });
+    case STF_STRIDED:
+      return visit([&](Index m) { return Keys{0, Most<Index>(0, m + 1 - c.b)}; });
+    case STF_OWN_BLOCK:
+      return visit([&](Index m) { return Keys{m / c.a * c.a, m + 1}; });
+    case STF_SUMMARY:
+      return visit([&](Index m) {
+        const Index width = c.c - c.b, block = m / c.a;
+        return Keys{0, block * width + (c.d ? Least<Index>(width, Most<Index>(0, m - block * c.a + 1 - c.b)) : 0)};
+      });
+    default:
+      return visit([&](Index m) { return Keys{0, m + 1}; });
+  }
+}
+
+// Calls visit(queries_of), where queries_of(t) is the interval of the queries, of `count`, that key t is a key of.
+template <typename Component, typename Visit>
+STF_SETS void VisitQueriesOf(const Component& c, IndexOf<Component> count, Visit visit) {
+  using Index = IndexOf<Component>;
+  using Queries = Interval<Index>;
+  switch (c.kind) {
+    case STF_LOCAL:
+      return visit([&](Index t) { return Queries{t, Least<Index>(count, t + c.a + 1)}; });
+    case STF_STRIDED:
+      return visit([&](Index t) { return Queries{t + c.b, count}; });
+    case STF_OWN_BLOCK:
+      return visit([&](Index t) { return Queries{t, Least<Index>(count, (t / c.a + 1) * c.a)}; });
+    case STF_SUMMARY:
+      return visit([&](Index t) {
+        const Index width = c.c - c.b, block = t / width;
+        return Queries{c.d ? block * c.a + c.b + t - block * width : (block + 1) * c.a, count};
+      });
+    default:
+      return visit([&](Index t) { return Queries{t, count}; });
+  }
+}
+
+template <typename Component>
+STF_SETS Interval<IndexOf<Component>> KeysOf(const Component& c, IndexOf<Component> query) {
+  Interval<IndexOf<Component>> keys;
+  VisitKeysOf(c, [&](auto keys_of) { keys = keys_of(query); });
+  return keys;
+}
+
+template <typename Component>
+STF_SETS Interval<IndexOf<Component>> QueriesOf(const Component& c, IndexOf<Component> key, IndexOf<Component> count) {
+  Interval<IndexOf<Component>> queries;
+  VisitQueriesOf(c, count, [&](auto queries_of) { queries = queries_of(key); });
+  return queries;
+}
+
+template <typename Component>
+STF_SETS bool LayoutBit(const uint8_t* layouts, const Component& c, int64_t row, int64_t column) {
+  const int64_t bit = LayoutBegin(c) + row * c.c + column;
+  return (layouts[bit >> 3] >> (bit & 7)) & 1;
+}
+
+// Whether query position i may attend to key position j <= i through component c, exclusions apart.
+template <typename Component>
+STF_SETS bool Covers(const uint8_t* layouts, const Component& c, IndexOf<Component> i, IndexOf<Component> j) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return i - j <= c.a;
+    case STF_STRIDED:
+      return (i - j) % c.a == 0 && i - j >= static_cast<int64_t>(c.b) * c.a;
+    case STF_OWN_BLOCK:
+      return i / c.a == j / c.a;
+    case STF_SUMMARY: {
+      const auto column = j % c.a;
+      return column >= c.b && column < c.c && (c.d || j / c.a < i / c.a);
+    }
+    case STF_BLOCKS:
+      return LayoutBit(layouts, c, i / c.a, j / c.a);
+    default:
+      return true;
+  }
+}
+
+// Whether component c may cover any pair of a query in [i0, i1] and a key in [j0, j1]; true where that is not easily told.
+template <typename Component>
+STF_SETS bool MayCover(const Component& c, IndexOf<Component> i0, IndexOf<Component> i1, IndexOf<Component> j0, IndexOf<Component> j1) {
+  switch (c.kind) {
+    case STF_LOCAL:
+      return i0 - j1 <= c.a;
+    case STF_OWN_BLOCK:
+      return i0 / c.a <= j1 / c.a;
+    case STF_STRIDED:
+      return i1 - j0 >= static_cast<int64_t>(c.b) * c.a;
+    default:
+      return true;
+  }
+}
+
+}  // namespace STF_SETS_NAMESPACE
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_ATTENTION_SETS_H_
