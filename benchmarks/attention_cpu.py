@@ -3,9 +3,10 @@
     python benchmarks/attention_cpu.py                    # the table, and benchmarks/results/attention_cpu.json
     python benchmarks/attention_cpu.py --only=strided     # rows whose pattern's name has the word
 
-float32, batch 1, 2 heads, d_qk 64, d_v 128, 2 threads. The floor of a row is the larger of its exact
-floating-point operations over the matmul rate and its least bytes over the copy rate, both measured first.
-A row's share is floor / time: 1 is the hardware's limit for code that never reuses a cache between calls.
+float32, batch 1, 2 heads, d_qk 64, d_v 128, 2 threads; results are checked before they are timed. The floor of a
+row is the larger of its exact floating-point operations over the matmul rate and its least bytes over the copy rate,
+both measured first. A row's share is floor / time: 1 is the hardware's limit for code that never reuses a cache between
+calls.
 Peers: Keras' own dense attention (`keras.ops.nn.dot_product_attention`, in a tf.function) and, where PyTorch
 is installed, its scaled_dot_product_attention, dense and on the sequence transposed by the expert's hand.
 """
@@ -28,7 +29,11 @@ from absl import app, flags
 import stf
 from stf.patterns import Causal, Fixed, Local, PerHead, Strided
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+from ops.float64_reference import Inputs, Results, error_budgets, largest_errors
+
 BATCH, HEADS, KEY_DIM, VALUE_DIM, THREADS = 1, 2, 64, 128, 2
+CHECKED = 1024  # positions whose results are held against float64
 RESULTS = pathlib.Path(__file__).parent / "results" / "attention_cpu.json"
 
 flags.DEFINE_string("only", "", "Run only rows whose pattern's name contains this.")
@@ -85,6 +90,31 @@ def passes(attend, query, key, value, grad):
         return tape.gradient(output, [query, key, value], grad)
 
     return lambda: forward(query, key, value), lambda: backward(query, key, value, grad)
+
+
+def ours(pattern, arrays):
+    """`passes` of the op."""
+    return passes(lambda q, k, v: stf.ops.attention(q, k, v, pattern), *arrays)
+
+
+def check(pattern, arrays):
+    """Holds the op's output and gradients at the first positions against float64, as its tests do.
+
+    Patterns are causal: without a gradient from later positions these are the results of a sequence that ends there.
+    """
+    *tensors, grad = arrays
+    early = tf.concat([grad[:, :CHECKED], tf.zeros_like(grad[:, CHECKED:])], 1)
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        output, log_sum_exp = stf.ops.attention(*tensors, pattern, return_log_sum_exp=True)
+    found = [x[:, :CHECKED].numpy() for x in (output, *tape.gradient(output, tensors, early))]
+    found.insert(1, log_sum_exp[:, :, :CHECKED].numpy())
+    cut = [x[:, :CHECKED].numpy() for x in arrays]
+    mask = np.stack([pattern.mask(cut[0].shape[1], head) for head in range(HEADS)])
+    truth, budgets = error_budgets(Inputs(*cut, np.zeros_like(found[1]), None, KEY_DIM**-0.5), mask)
+    for name, error, budget in zip(Results._fields, largest_errors(found, truth), budgets, strict=True):
+        if not error <= budget:
+            raise AssertionError(f"{pattern}: {name} is wrong by {error:.3g}, more than {budget:.3g}")
 
 
 def torch_passes(attend, arrays):
@@ -170,7 +200,8 @@ def row(pattern, positions, implementation, which, seconds, limit, flops, dtype=
 def measure(pattern, positions, matmul, copy, repeats, dtype=tf.float32, with_peers=True):
     """Rows of ours and the peers, forward and forward+backward."""
     arrays = inputs(positions, dtype)
-    runs = {"stf": passes(lambda q, k, v: stf.ops.attention(q, k, v, pattern), *arrays)}
+    check(pattern, arrays)
+    runs = {"stf": ours(pattern, arrays)}
     if with_peers:
         runs |= peers(pattern, positions, arrays)
     rows = []
@@ -194,7 +225,7 @@ def print_row(r):
 
 def ratios(rows):
     """How many times faster ours is than each peer, row by row."""
-    ours = {
+    of_stf = {
         (r["pattern"], r["shape"][2], r["pass"]): r["ms"]
         for r in rows
         if r["implementation"] == "stf" and r["dtype"] == "float32"
@@ -203,7 +234,7 @@ def ratios(rows):
     for r in rows:
         if r["implementation"] == "stf":
             continue
-        ratio = r["ms"] / ours[r["pattern"], r["shape"][2], r["pass"]]
+        ratio = r["ms"] / of_stf[r["pattern"], r["shape"][2], r["pass"]]
         found.append({**{k: r[k] for k in ("pattern", "shape", "pass", "implementation")}, "times_faster": ratio})
         print(
             f"{r['pattern'][:44]:44s} {r['shape'][2]:8,d} {r['pass']:17s} "
@@ -219,7 +250,8 @@ def growth(repeats):
         stride = round(math.sqrt(positions))
         pattern = PerHead([Local(stride), Strided(stride)])
         arrays = inputs(positions)
-        call = passes(lambda q, k, v, p=pattern: stf.ops.attention(q, k, v, p), *arrays)[1]
+        check(pattern, arrays)
+        call = ours(pattern, arrays)[1]
         points.append((positions, median_time(call, max(3, repeats // 3))))
         print(
             f"both strided heads, l={stride}, n={positions:,}: {1e3 * points[-1][1]:.1f} ms forward+backward",
@@ -241,7 +273,7 @@ def run_once(positions):
     stride = round(math.sqrt(positions))
     arrays = inputs(positions)
     before = peak_bytes()
-    call = passes(lambda q, k, v: stf.ops.attention(q, k, v, PerHead([Local(stride), Strided(stride)])), *arrays)[1]
+    call = ours(PerHead([Local(stride), Strided(stride)]), arrays)[1]
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import paper_sets as sets
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,17 +77,101 @@ def test_checkpoint_leaves_the_last_good_one_when_saving_fails(model, tmp_path, 
     assert (tmp_path / "checkpoint.keras").read_bytes() == before
 
 
-def test_attention_maps_show_the_weights_of_the_dense_layer(model):
-    maps = stf.callbacks.AttentionMaps("unused", tokens()[0], SHAPE, queries=[50])
-    maps.set_model(model)
-    found = model.attention_weights(tokens()[:1], [50])
-    assert len(found) == 2
-    for index, heads in enumerate(found):
-        for head, rows in enumerate(heads):
-            keys, weights = rows[0]
-            np.testing.assert_array_equal(keys, model.patterns[index].keys(50, head))
-            assert weights.sum() == pytest.approx(1, abs=1e-5)
-    assert maps.figure().shape[-1] == 3 and maps.connectivity().shape[-1] == 3
+QUERIES = [50, 71]
+NAMES = [["Local(window=18)"] * 2, ["Strided(stride=18)", "Fixed(18, 3, 1)"]]  # of each layer's heads
+MASKS = [
+    [sets.local(LENGTH, 18)] * 2,
+    [sets.strided(LENGTH, 18), sets.merged_fixed(LENGTH, 18, 3, head=1)],
+]
+
+
+@pytest.fixture(scope="module")
+def decided(model):
+    """A model like `model`, whose scores are of size 1, so that no two weights of a query are alike."""
+    decided = model.from_config(model.get_config())
+    random = np.random.default_rng(2)
+    for index in range(decided.num_blocks):
+        weights = decided.stack.get_block_weights(index)
+        drawn = {name: random.normal(size=weights[name].shape) for name in ("query_bias", "key_bias")}
+        drawn |= {name: random.normal(size=weights[name].shape) / 4 for name in ("query_kernel", "key_kernel")}
+        decided.stack.set_block_weights(index, drawn)
+    return decided
+
+
+def dense_weights(model, x):
+    """Attention weights of each layer `[head, query, key]`, in float64 NumPy from the equations (Eqs. 2, 12-14)."""
+    stream = model.embedding(x[None])[0].numpy().astype(np.float64)
+
+    def normalized(stream, gamma, beta):
+        centred = stream - stream.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gamma + beta
+
+    found = []
+    for index, masks in enumerate(MASKS):
+        w = {name: value.astype(np.float64) for name, value in model.stack.get_block_weights(index).items()}
+        h = normalized(stream, w["attention_norm_gamma"], w["attention_norm_beta"])
+        q, k, v = (
+            np.stack(np.split(h @ w[f"{name}_kernel"] + w[f"{name}_bias"], model.num_heads, -1))
+            for name in ("query", "key", "value")
+        )
+        scores = np.where(masks, q @ k.swapaxes(1, 2) / model.key_dim**0.5, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        found.append(weights / weights.sum(-1, keepdims=True))
+        heads = np.concatenate(list(found[-1] @ v), -1)
+        stream = stream + heads @ w["attention_output_kernel"] + w["attention_output_bias"]
+        h = normalized(stream, w["feed_forward_norm_gamma"], w["feed_forward_norm_beta"])
+        hidden = h @ w["hidden_kernel"] + w["hidden_bias"]
+        stream = stream + hidden / (1 + np.exp(-1.702 * hidden)) @ w["output_kernel"] + w["output_bias"]
+    return found
+
+
+def test_attention_weights_are_those_of_a_dense_softmax(decided):
+    x = tokens()[0]
+    found = decided.attention_weights(x[None], QUERIES)
+    assert len(found) == len(MASKS)
+    for heads, dense, masks in zip(found, dense_weights(decided, x), MASKS, strict=True):
+        for rows, weights, mask in zip(heads, dense, masks, strict=True):
+            for query, (keys, given) in zip(QUERIES, rows, strict=True):
+                np.testing.assert_array_equal(keys, np.flatnonzero(mask[query]))
+                np.testing.assert_allclose(given, weights[query, keys][None], rtol=1e-4)
+                assert given.std() > 0.2 * given.mean()  # another weight would be seen
+
+
+def test_attention_maps_show_the_weights_of_a_dense_softmax(decided):
+    """One picture for each layer, and in a row of its heads each query's: the whole figure, to a step of colour."""
+    x = tokens()[0]
+    maps = stf.callbacks.AttentionMaps("unused", x, SHAPE, queries=QUERIES)
+    maps.set_model(decided)
+    pictures, titles = [], []
+    for layer, (dense, masks) in enumerate(zip(dense_weights(decided, x), MASKS, strict=True)):
+        for head in range(2):
+            for query in QUERIES:
+                keys = np.flatnonzero(masks[head][query])
+                pictures.append(drawing.attention_picture(keys, dense[head, query, keys], query, SHAPE))
+                row, column = divmod(query // 3, 6)
+                titles.append(f"layer {layer}, head {head}\n{NAMES[layer][head]}\nrow {row}, column {column}")
+    heading = "Attention weights of chosen pixels (framed); grey: not attended to, black: after the pixel"
+    expected = drawing.panels(pictures, 4, titles, heading=heading)
+    np.testing.assert_allclose(maps.figure().astype(int), expected.astype(int), atol=1)
+
+
+def test_connectivity_shows_each_pattern_once(decided):
+    maps = stf.callbacks.AttentionMaps("unused", tokens()[0], SHAPE, queries=QUERIES)
+    maps.set_model(decided)
+    pictures, titles = [], []
+    query = QUERIES[1]
+    for layer, head in ((0, 0), (1, 0), (1, 1)):
+        mask = MASKS[layer][head]
+        pixels = np.where(mask[query].reshape(-1, 3).any(-1)[:, None], (120, 170, 235), 255)
+        pixels[query // 3] = (20, 60, 150)
+        pictures.append(drawing.enlarge(pixels.reshape(SHAPE), 6))
+        connected = np.where(mask[2::3].reshape(24, 24, 3).any(-1)[..., None], (120, 170, 235), 255)  # in pixels
+        connected[np.triu_indices(24, 1)] = (200, 200, 204)
+        connected[np.diag_indices(24)] = (20, 60, 150)
+        pictures.append(connected)
+        titles += [f"{NAMES[layer][head]}\n{what}" for what in ("one pixel's keys", "queries down, keys across")]
+    expected = drawing.panels(pictures, 4, titles, heading="Connectivity of the patterns")
+    np.testing.assert_array_equal(maps.connectivity(), expected)
 
 
 def test_attention_picture_is_black_after_the_query_grey_where_it_does_not_look():

@@ -248,15 +248,17 @@ def test_fit_in_a_users_model(make, kind):
         users(x)
         if isinstance(layer, stf.models.SparseTransformer):
             # W_out starts at 0: at that point nothing below it has a gradient.
-            layer.logits.kernel.assign(0.1 * np.ones(layer.logits.kernel.shape))
+            layer.logits.kernel.assign(np.random.default_rng(1).normal(size=layer.logits.kernel.shape))
         before = named_weights(layer)
-        users.compile(keras.optimizers.SGD(1.0), "mse")
+        users.compile(keras.optimizers.SGD(0.1), "mse")
         history = users.fit(x, np.ones([4, 1]), batch_size=2, epochs=1, verbose=0)
         assert np.isfinite(history.history["loss"]).all()
-        # All weights move but the keys' bias, whose gradient is 0: it adds one number to all scores of a query, which
-        # leaves their softmax as it is.
-        rest = {name for name, value in named_weights(layer).items() if np.array_equal(value, before[name])}
-        assert all(name.endswith(("/key/bias", "/key_bias")) for name in rest), rest
+        # All weights move but the keys' biases, whose gradient is 0: they add one number to all scores of a query,
+        # which leaves their softmax as it is. Roundings move those by 1.4e-4 at most (bfloat16), gradients the others
+        # by 3e-3 at least.
+        after = named_weights(layer)
+        rest = {name for name, value in after.items() if np.abs(value - before[name]).max() < 6e-4}
+        assert rest == {name for name in after if name.endswith(("/key/bias", "/key_bias"))}
 
 
 @subjects

@@ -1,11 +1,14 @@
 """SparseTransformer: presets, the shift, the parts' places, refusals. What every layer keeps: tests/layers."""
 
+import ctypes
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import stf
+from stf.layers.block import Block
 from stf.models import PRESETS, SparseTransformer
 
 PATTERNS = [stf.patterns.Local(4), stf.patterns.Strided(4)]
@@ -177,6 +180,38 @@ def test_attention_weights_are_those_of_the_blocks():
     for head in range(2):
         for position, (keys, of_keys) in zip([3, 20], weights[0][head], strict=True):
             np.testing.assert_allclose(of_keys, scores.numpy()[:, head, position][:, keys], rtol=1e-4, atol=1e-6)
+
+
+def bytes_in_use():
+    """What the process has of malloc, TensorFlow's tensors on the CPU among it; not what malloc keeps for later."""
+
+    class Counts(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks".split()]
+        _fields_ += [(name, ctypes.c_size_t) for name in "fsmblks uordblks fordblks keepcost".split()]
+
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Counts
+    counts = mallinfo()
+    return counts.uordblks + counts.hblkhd
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_eager_calls_keep_no_blocks_output(monkeypatch):
+    length, width, depth = 2048, 128, 12
+    model = SparseTransformer(length, (32, 64), [stf.patterns.Local(8)], depth, 2, width, vocab_size=8, seed=1)
+    x, held = tokens(1, length, 8), []  # as each block begins, in tensors of the residual stream
+    project = Block.query_key_value
+
+    def spy(block, stream):
+        held.append(bytes_in_use() / (length * width * 4))
+        return project(block, stream)
+
+    monkeypatch.setattr(Block, "query_key_value", spy)
+    for call in (model, lambda x: model.attention_weights(x, [5])):
+        held.clear()
+        call(x)
+        assert len(held) >= depth
+        assert max(held[1:]) - held[1] < 1  # kept, ten blocks' outputs would be 10
 
 
 @pytest.mark.parametrize("fitted", [False, True], ids=["right after construction", "after fit"])
