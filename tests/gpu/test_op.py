@@ -133,7 +133,7 @@ def test_training_on_the_gpu_follows_the_cpu(images):
         cpu = curve(small_model(), images)
     with tf.device("GPU:0"):
         gpu = curve(small_model(), images)
-    assert cpu[-1] < cpu[0] - 0.4
+    assert cpu[-1] < cpu[0] - 0.5
     np.testing.assert_allclose(gpu, cpu, rtol=2e-2)
 
 
@@ -153,7 +153,7 @@ def test_mixed_precision_trains(policy, images):
         losses = curve(small_model(recompute=True, dropout=0.1), images)
     finally:
         keras.config.set_dtype_policy("float32")
-    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.4
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.5
 
 
 def test_memory_of_a_million_positions():
