@@ -5,7 +5,6 @@ The kernels of the CPU take `stf_component`, those of the GPU a record of 32 bit
 
 import ctypes
 import pathlib
-import shutil
 import subprocess
 
 import numpy as np
@@ -15,8 +14,6 @@ from stf.patterns import Component, Kind, components_mask
 from stf.patterns.lowering import Program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 PROGRAM = """
 #include "custom_ops/attention/cuda/common/arguments.h"

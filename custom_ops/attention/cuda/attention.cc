@@ -65,9 +65,9 @@ stf_tensor TakePartial(const stf_problem& problem, int64_t depth, float** memory
 
 // The machine for a call, with Hopper's kernels where they can do it.
 int FindMachine(const stf_problem& problem, const Arguments& args, Machine* machine) {
-  const int error = FindMachine(machine);
+  if (const int error = FindMachine(machine)) return error;
   machine->sm90 = machine->sm90 && args.vector && SupportsSm90(problem);
-  return error;
+  return 0;
 }
 
 }  // namespace
