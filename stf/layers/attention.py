@@ -48,7 +48,7 @@ class SparseAttention(keras.layers.Layer):
             the initializers as they are.
 
     Call arguments:
-        query: `[batch, position, width]`.
+        query: `[batch, position, model_dim]`.
         value: like `query` with a width of its own; `query` unless given.
         key: like `value`; `value` unless given.
         lengths: integers `[batch]`, positions in use (padding is on the right), or None for all.
@@ -60,7 +60,7 @@ class SparseAttention(keras.layers.Layer):
         use_causal_mask: True, as every pattern is causal.
 
     Returns:
-        `[batch, position, width]`, or with `output_shape` `[batch, position, *output_shape]`; with
+        `[batch, position, model_dim]`, or with `output_shape` `[batch, position, *output_shape]`; with
         `return_attention_scores` also the weights `[batch, head, position, position]`.
 
     Raises:
@@ -201,7 +201,7 @@ class SparseAttention(keras.layers.Layer):
         """What chosen queries attend to, over their own keys alone: nothing of size n x n is made.
 
         Args:
-            inputs: `[batch, position, width]`, what the layer would be called with.
+            inputs: `[batch, position, model_dim]`, what the layer would be called with.
             positions: the query positions, ints.
 
         Returns:

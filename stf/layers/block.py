@@ -23,7 +23,7 @@ def residual_add(stream, branch, rate, seed, addition):
     """`stream + dropout(branch)`, the sum that ends each half of a block.
 
     Args:
-        stream: `[batch, position, width]`.
+        stream: `[batch, position, model_dim]`.
         branch: the same, what attention or feed-forward gave.
         rate: of dropout.
         seed: int32 `[2]` of the block's call, or None for no dropout.
@@ -38,7 +38,7 @@ def normalize(x, epsilon):
     """`x` less its mean over the last axis, divided by its standard deviation; computed in float32 (float64).
 
     Args:
-        x: `[..., width]`.
+        x: `[..., model_dim]`.
         epsilon: added to the variance.
     """
 
@@ -83,22 +83,22 @@ class BlockWeights(NamedTuple):
     and their gradients come from those of W and b.
     """
 
-    projection_kernel: tf.Tensor  # [width, head * (2 key_dim + value_dim)]: query, key, value side by side
+    projection_kernel: tf.Tensor  # [model_dim, head * (2 key_dim + value_dim)]: query, key, value side by side
     projection_bias: tf.Tensor
-    attention_output_kernel: tf.Tensor  # [head * value_dim, width], W_p
-    attention_output_bias: tf.Tensor  # [width]
-    hidden_kernel: tf.Tensor  # [width, ff_dim], W_1
+    attention_output_kernel: tf.Tensor  # [head * value_dim, model_dim], W_p
+    attention_output_bias: tf.Tensor  # [model_dim]
+    hidden_kernel: tf.Tensor  # [model_dim, ff_dim], W_1
     hidden_bias: tf.Tensor  # [ff_dim]
-    output_kernel: tf.Tensor  # [ff_dim, width], W_2
-    output_bias: tf.Tensor  # [width]
+    output_kernel: tf.Tensor  # [ff_dim, model_dim], W_2
+    output_bias: tf.Tensor  # [model_dim]
 
 
 def folded(gamma, beta, kernel, bias):
     """Kernel and bias that give of a normalized stream what `kernel` and `bias` give of it scaled and shifted.
 
     Args:
-        gamma, beta: `[..., width]`.
-        kernel: `[..., width, units]`.
+        gamma, beta: `[..., model_dim]`.
+        kernel: `[..., model_dim, units]`.
         bias: `[..., units]`.
     """
     return kernel * gamma[..., None], bias + tf.squeeze(tf.matmul(beta[..., None, :], kernel), -2)
@@ -156,7 +156,7 @@ class Block:
         return tape.gradient(heads, query_key_value, upstream)
 
     def combine(self, heads):
-        """The output projection of all heads' attention, `[batch, position, width]`."""
+        """The output projection of all heads' attention, `[batch, position, model_dim]`."""
         w = self.weights
         heads = tf.reshape(heads, [*_rows(heads), self.num_heads * self.value_dim])
         return dense(heads, w.attention_output_kernel, w.attention_output_bias)
@@ -179,6 +179,6 @@ class Block:
         return residual_add(stream, self.feed_forward_output(hidden), self.dropout, seed, 1)
 
     def __call__(self, stream, seed=None):
-        """The block: `[batch, position, width]` to the same."""
+        """The block: `[batch, position, model_dim]` to the same."""
         stream = self.add_attention(stream, self.attend(self.query_key_value(stream))[0], seed)
         return self.add_feed_forward(stream, self.hidden(stream), seed)

@@ -5,7 +5,7 @@ import math
 import keras
 import tensorflow as tf
 
-from stf.layers.initialization import READINGS, paper_initializer
+from stf.layers.initialization import INITIALIZATIONS, paper_initializer
 from stf.layers.validation import positive, positives, seed_or_none
 
 MOST_ONE_HOT = 4096  # rows of a token table up to which its gradient is a matrix product
@@ -18,97 +18,97 @@ class SequenceEmbedding(keras.layers.Layer):
     A place is an index on each of several axes, and each axis has a table of vectors; token and
     place vectors add up. For images the axes are row, column and channel ("data embedding", n_emb
     3); for text and audio row and column of the position in a matrix of the pattern's width l
-    ("attention embedding", n_emb 2: `axes=(ceil(n / l), l)`). After that (so the authors' released
+    ("attention embedding", n_emb 2: `position_shape=(ceil(n / l), l)`). After that (so the authors' released
     code) a learned start vector is put in front and the last position dropped, so that position t
     sees the tokens before t.
 
     Example:
 
-    >>> SequenceEmbedding(256, 64, axes=(32, 32, 3))(tf.zeros([1, 3072], tf.int32)).shape
+    >>> SequenceEmbedding(256, 64, position_shape=(32, 32, 3))(tf.zeros([1, 3072], tf.int32)).shape
     TensorShape([1, 3072, 64])
 
     Args:
-        vocabulary_size: number of tokens.
-        width: d, the length of a vector.
-        axes: ints, the size of each axis, slowest first; their product is the longest sequence.
-        reading: of the paper's initialization, see `paper_initializer`: tokens N(0, 0.125 / sqrt(d))
+        vocab_size: number of tokens.
+        model_dim: d, the length of a vector.
+        position_shape: ints, the size of each axis, slowest first; their product is the longest sequence.
+        init: of the paper's initialization, see `paper_initializer`: tokens N(0, 0.125 / sqrt(d))
             and places N(0, 0.125 / sqrt(d n_emb)). The start vector is as a token.
         seed: int that fixes the initial values, or None.
 
     Call arguments:
-        tokens: integers `[batch, position]`, below `vocabulary_size`.
+        tokens: integers `[batch, position]`, below `vocab_size`.
 
     Returns:
-        `[batch, position, width]`.
+        `[batch, position, model_dim]`.
 
     Raises:
-        ValueError: for arguments that do not fit, or a sequence known to be longer than the axes.
+        ValueError: for arguments that do not fit, or a sequence known to be longer than `position_shape` holds.
         InvalidArgumentError: for such a sequence of dynamic length, when it runs.
     """
 
-    def __init__(self, vocabulary_size, width, axes, reading="released", seed=None, **kwargs):
+    def __init__(self, vocab_size, model_dim, position_shape, init="released", seed=None, **kwargs):
         super().__init__(**kwargs)
-        self.vocabulary_size = positive("vocabulary_size", vocabulary_size)
-        self.width = positive("width", width)
-        self.axes = positives("axes", axes)
-        if reading not in READINGS:
-            raise ValueError(f"`reading` must be one of {READINGS}. Received: reading={reading!r}")
-        self.reading = reading
+        self.vocab_size = positive("vocab_size", vocab_size)
+        self.model_dim = positive("model_dim", model_dim)
+        self.position_shape = positives("position_shape", position_shape)
+        if init not in INITIALIZATIONS:
+            raise ValueError(f"`init` must be one of {INITIALIZATIONS}. Received: init={init!r}")
+        self.init = init
         self.seed = seed_or_none(seed)
 
     @property
     def longest(self):
         """Length of the longest sequence."""
-        return math.prod(self.axes)
+        return math.prod(self.position_shape)
 
     def build(self, tokens_shape):
         def initializer(number, n_emb=1):
             seed = None if self.seed is None else self.seed + number
-            return paper_initializer(self.width * n_emb, reading=self.reading, seed=seed)
+            return paper_initializer(self.model_dim * n_emb, init=self.init, seed=seed)
 
         self.tokens = self.add_weight(
-            name="tokens", shape=(self.vocabulary_size, self.width), initializer=initializer(0)
+            name="tokens", shape=(self.vocab_size, self.model_dim), initializer=initializer(0)
         )
-        self.start = self.add_weight(name="start", shape=(self.width,), initializer=initializer(1))
+        self.start = self.add_weight(name="start", shape=(self.model_dim,), initializer=initializer(1))
         self.places = [
             self.add_weight(
                 name=f"axis_{k}",
-                shape=(size, self.width),
-                initializer=initializer(2 + k, len(self.axes)),
+                shape=(size, self.model_dim),
+                initializer=initializer(2 + k, len(self.position_shape)),
             )
-            for k, size in enumerate(self.axes)
+            for k, size in enumerate(self.position_shape)
         ]
 
     def call(self, tokens):
         places = self._places(tokens)
         batch = tf.shape(tokens)[0]
-        start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.width])
+        start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.model_dim])
         # Only what stays is looked up: the last token predicts nothing.
         shifted = _look_up(tf.cast(self.tokens, self.compute_dtype), tf.cast(tokens[:, :-1], tf.int32)) + places
         # An empty sequence has no room for the start vector.
         return tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
 
     def _places(self, tokens):
-        """Place vectors of all positions but the last, `[position - 1, width]`."""
+        """Place vectors of all positions but the last, `[position - 1, model_dim]`."""
         positions = tokens.shape[1]
         if positions is None:
             positions = tf.shape(tokens)[1]
             check = tf.debugging.assert_less_equal(
-                positions, self.longest, f"axes {self.axes} hold {self.longest} positions"
+                positions, self.longest, f"position_shape={self.position_shape} holds {self.longest} positions"
             )
             with tf.control_dependencies([] if check is None else [check]):
                 positions = tf.identity(positions)
         elif positions > self.longest:
             raise ValueError(
-                f"The axes {self.axes} hold sequences of {self.longest} positions or less. "
+                f"position_shape={self.position_shape} holds sequences of {self.longest} positions or less. "
                 f"Received: tokens of shape {tokens.shape}"
             )
         total = 0.0
         for k, table in enumerate(self.places):
-            shape = [1] * len(self.axes) + [self.width]
-            shape[k] = self.axes[k]
+            shape = [1] * len(self.position_shape) + [self.model_dim]
+            shape[k] = self.position_shape[k]
             total += tf.reshape(tf.cast(table, self.compute_dtype), shape)
-        return tf.reshape(total, [self.longest, self.width])[: tf.maximum(positions - 1, 0)]
+        return tf.reshape(total, [self.longest, self.model_dim])[: tf.maximum(positions - 1, 0)]
 
     def step(self, token, position):
         """What `call` gives for one `position`, from the token before it.
@@ -118,26 +118,26 @@ class SequenceEmbedding(keras.layers.Layer):
             position: int or scalar tensor.
 
         Returns:
-            `[batch, 1, width]`.
+            `[batch, 1, model_dim]`.
         """
         before = tf.maximum(position - 1, 0)
-        vector = tf.gather(self.tokens.value, token)  # [batch, width]
+        vector = tf.gather(self.tokens.value, token)  # [batch, model_dim]
         for k, table in enumerate(self.places):
-            index = before // math.prod(self.axes[k + 1 :]) % self.axes[k]
+            index = before // math.prod(self.position_shape[k + 1 :]) % self.position_shape[k]
             vector += table.value[index]
         vector = tf.where(tf.equal(position, 0), self.start.value, vector)
         return tf.cast(vector, self.compute_dtype)[:, None]
 
     def compute_output_shape(self, tokens_shape):
-        return (*tokens_shape, self.width)
+        return (*tokens_shape, self.model_dim)
 
     def get_config(self):
         return {
             **super().get_config(),
-            "vocabulary_size": self.vocabulary_size,
-            "width": self.width,
-            "axes": self.axes,
-            "reading": self.reading,
+            "vocab_size": self.vocab_size,
+            "model_dim": self.model_dim,
+            "position_shape": self.position_shape,
+            "init": self.init,
             "seed": self.seed,
         }
 

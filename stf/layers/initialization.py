@@ -4,10 +4,10 @@ import keras
 
 from stf.layers.validation import positive
 
-READINGS = ("released", "standard_deviation", "variance")
+INITIALIZATIONS = ("released", "standard_deviation", "variance")
 
 
-def paper_initializer(fan_in, scale=1.0, reading="released", seed=None):
+def paper_initializer(fan_in, scale=1.0, init="released", seed=None):
     """The paper's normal initializer, N(0, 0.125 / sqrt(fan_in)) (Section 6).
 
     The paper does not say whether the second argument is a standard deviation or a variance.
@@ -20,21 +20,21 @@ def paper_initializer(fan_in, scale=1.0, reading="released", seed=None):
             where several are added.
         scale: factor of the standard deviation, 1 / sqrt(2 blocks) where a block writes to the
             residual stream.
-        reading: "released", "standard_deviation" (0.125 / sqrt(fan_in)) or "variance"
+        init: "released", "standard_deviation" (0.125 / sqrt(fan_in)) or "variance"
             (sqrt(0.125 / sqrt(fan_in))).
         seed: int or None.
 
     Returns:
         A `keras.initializers.RandomNormal`.
     """
-    if reading not in READINGS:
-        raise ValueError(f"`reading` must be one of {READINGS}. Received: reading={reading!r}")
+    if init not in INITIALIZATIONS:
+        raise ValueError(f"`init` must be one of {INITIALIZATIONS}. Received: init={init!r}")
     fan_in = positive("fan_in", fan_in)
     stddev = {
         "released": (0.125 / fan_in) ** 0.5,
         "standard_deviation": 0.125 / fan_in**0.5,
         "variance": (0.125 / fan_in**0.5) ** 0.5,
-    }[reading]
+    }[init]
     return keras.initializers.RandomNormal(stddev=stddev * scale, seed=seed)
 
 

@@ -30,9 +30,9 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
     TensorShape([1, 1024, 64])
 
     Args:
-        attention: a layer from `[batch, position, width]` to the same. It must be the same function
+        attention: a layer from `[batch, position, model_dim]` to the same. It must be the same function
             each time it is called: no dropout of its own.
-        ff_dim: number of hidden units of the feed-forward layer; 4 width unless given.
+        ff_dim: number of hidden units of the feed-forward layer; `4 model_dim` unless given.
         dropout: rate of both dropouts, from 0 to less than 1.
         recompute: whether to compute the block again in the backward pass.
         epsilon: of both normalizations.
@@ -43,13 +43,13 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         seed: int that fixes dropout and initial values, or None.
 
     Call arguments:
-        inputs: H, `[batch, position, width]`.
+        inputs: H, `[batch, position, model_dim]`.
         lengths: integers `[batch]`, given to the attention, or None.
         mask: Keras' mask, with padding on the right, from which lengths are made; or None.
         training: whether to drop.
 
     Returns:
-        `[batch, position, width]`.
+        `[batch, position, model_dim]`.
 
     Raises:
         ValueError: for arguments that do not fit.

@@ -48,7 +48,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         num_heads: heads of each attention.
         key_dim: depth of each head's query and key.
         value_dim: depth of each head's value; `key_dim` unless given.
-        ff_dim: number of hidden units of the feed-forward layers; 4 width unless given.
+        ff_dim: number of hidden units of the feed-forward layers; `4 model_dim` unless given.
         dropout: rate at both residual additions of a block, from 0 to less than 1.
         recompute: see above.
         epsilon: of the normalizations.
@@ -59,11 +59,11 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         seed: int that fixes dropout and initial values, or None.
 
     Call arguments:
-        inputs: H_0, `[batch, position, width]`.
+        inputs: H_0, `[batch, position, model_dim]`.
         training: whether to drop.
 
     Returns:
-        H_N, `[batch, position, width]`.
+        H_N, `[batch, position, model_dim]`.
 
     Raises:
         ValueError: for arguments that do not fit.

@@ -161,8 +161,8 @@ def count_parameters(config, vocab_size=256):
 
 
 def table():
-    """The presets as lines of text: name, tokens, blocks, heads, width, parameters, pattern."""
-    rows = [("preset", "length", "blocks", "heads", "width", "parameters", "patterns")]
+    """The presets as lines of text: name, length, blocks, heads, model_dim, parameters, patterns."""
+    rows = [("preset", "length", "blocks", "heads", "model_dim", "parameters", "patterns")]
     for name, config in PRESETS.items():
         sizes = (f"{config[key]:,}" for key in ("length", "num_blocks", "num_heads", "model_dim"))
         rows.append((name, *sizes, f"{count_parameters(config):,}", ", ".join(map(repr, config["patterns"]))))

@@ -9,7 +9,7 @@ from stf import patterns as stf_patterns
 from stf.distribution.steps import ReplicatedTrainer
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
 from stf.layers.attention import weights_of_queries
-from stf.layers.initialization import READINGS
+from stf.layers.initialization import INITIALIZATIONS
 from stf.layers.validation import positive, positives, seed_or_none
 from stf.models.dispatch import without_waiting
 from stf.models.presets import preset
@@ -80,8 +80,8 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         length, num_blocks = positive("length", length), positive("num_blocks", num_blocks)
         num_heads, model_dim = positive("num_heads", num_heads), positive("model_dim", model_dim)
         vocab_size = positive("vocab_size", vocab_size)
-        if init not in READINGS:
-            raise ValueError(f"init must be one of {READINGS}. Received: init={init!r}")
+        if init not in INITIALIZATIONS:
+            raise ValueError(f"init must be one of {INITIALIZATIONS}. Received: init={init!r}")
         position_shape = positives("position_shape", position_shape)
         if math.prod(position_shape) < length:
             raise ValueError(
@@ -110,7 +110,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         self.seed = seed = seed_or_none(seed)
         policy = {"dtype": self.dtype_policy}
         self.embedding = SequenceEmbedding(
-            vocab_size, model_dim, self.position_shape, reading=init, seed=seed, name="embedding", **policy
+            vocab_size, model_dim, self.position_shape, init=init, seed=seed, name="embedding", **policy
         )
         # W2 and W_p are scaled by 1 / sqrt(2 N) (Section 6), so that the residual stream begins at unit size.
         residual = (2 * num_blocks) ** -0.5
@@ -123,7 +123,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             self.ff_dim,
             dropout,
             recompute,
-            kernel_initializer=paper_initializer(model_dim, reading=init),
+            kernel_initializer=paper_initializer(model_dim, init=init),
             attention_output_initializer=paper_initializer(num_heads * self.value_dim, residual, init),
             output_initializer=paper_initializer(self.ff_dim, residual, init),
             seed=seed,

@@ -27,7 +27,7 @@ def runs_residual_stack(inputs, hidden, num_heads, key_depth, value_depth):
     """Whether `residual_stack` takes a stack of these sizes here: halves, a GPU, and widths that are multiples of 8.
 
     Args:
-        inputs: `[batch, position, width]`, the stream; a width of 2,048 at most.
+        inputs: `[batch, position, model_dim]`, the stream; a width of 2,048 at most.
         hidden: units of the feed-forward layers.
         num_heads, key_depth, value_depth: of the attention; depths of 256 at most.
     """
@@ -56,7 +56,7 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
     """Residual blocks one after another (Child et al. 2019, Eqs. 11-14). Differentiable once, the same bits every run.
 
     Args:
-        inputs: H_0, `[batch, position, width]`, bfloat16 or float16.
+        inputs: H_0, `[batch, position, model_dim]`, bfloat16 or float16.
         weights: `stf.layers.block.BlockWeights` of tensors `[block, ...]`; kernels in the inputs' dtype.
         seed: int32 `[2]` of dropout, or None for none. Block k drops by `seed + [k, 0]` after attention and by
             `seed + [k, 2^30]` after feed-forward: see `stf.layers.dropout`.
@@ -68,7 +68,7 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
         recompute: what the gradient computes again: see `stf.layers.SparseResidualStack`.
 
     Returns:
-        H_N, `[batch, position, width]`.
+        H_N, `[batch, position, model_dim]`.
 
     Raises:
         InvalidArgumentError: for shapes that do not fit; names the argument.

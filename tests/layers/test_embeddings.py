@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from stf.layers import SequenceEmbedding, paper_initializer
 
-AXES = (2, 3, 2)
+POSITION_SHAPE = (2, 3, 2)
 
 
 def tokens(positions=12):
@@ -14,7 +14,7 @@ def tokens(positions=12):
 
 
 def test_adds_token_and_place_then_shifts():
-    layer = SequenceEmbedding(7, 5, AXES)
+    layer = SequenceEmbedding(7, 5, POSITION_SHAPE)
     x = tokens()
     got = layer(x).numpy()
     table = layer.tokens.numpy()
@@ -22,13 +22,13 @@ def test_adds_token_and_place_then_shifts():
     for b in range(3):
         np.testing.assert_array_equal(got[b, 0], layer.start.numpy())
         for t in range(1, 12):
-            r, c, k = np.unravel_index(t - 1, AXES)
+            r, c, k = np.unravel_index(t - 1, POSITION_SHAPE)
             want = table[x[b, t - 1]] + row[r] + column[c] + channel[k]
             np.testing.assert_allclose(got[b, t], want, rtol=1e-5, atol=1e-6)
 
 
 def test_one_step_is_one_position_of_the_call():
-    layer = SequenceEmbedding(7, 5, AXES)
+    layer = SequenceEmbedding(7, 5, POSITION_SHAPE)
     x = tokens()
     whole = layer(x)
     step = tf.function(layer.step)
@@ -39,7 +39,7 @@ def test_one_step_is_one_position_of_the_call():
 
 @pytest.mark.parametrize("positions", [0, 1, 5])
 def test_takes_shorter_sequences_also_of_dynamic_length(positions):
-    layer = SequenceEmbedding(7, 5, AXES)
+    layer = SequenceEmbedding(7, 5, POSITION_SHAPE)
     whole = layer(tokens())
     dynamic = tf.function(layer, input_signature=[tf.TensorSpec([None, None], tf.uint8)])
     for call in (layer, dynamic):
@@ -47,7 +47,7 @@ def test_takes_shorter_sequences_also_of_dynamic_length(positions):
 
 
 def test_refuses_longer_sequences():
-    layer = SequenceEmbedding(7, 5, AXES)
+    layer = SequenceEmbedding(7, 5, POSITION_SHAPE)
     with pytest.raises(ValueError, match="12 positions"):
         layer(tokens(13))
     dynamic = tf.function(layer, input_signature=[tf.TensorSpec([None, None], tf.uint8)])
@@ -58,20 +58,20 @@ def test_refuses_longer_sequences():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (dict(vocabulary_size=0), "`vocabulary_size` must.*vocabulary_size=0"),
-        (dict(vocabulary_size=True), "`vocabulary_size` must.*vocabulary_size=True"),
-        (dict(width=0), "`width` must.*width=0"),
-        (dict(width=5.0), "`width` must.*width=5.0"),
-        (dict(axes=(4, 3.0)), "`axes` must.*axes=3.0"),
-        (dict(axes=()), r"`axes` must.*axes=\(\)"),
-        (dict(axes=12), "`axes` must.*axes=12"),
-        (dict(reading="other"), "reading='other'"),
+        (dict(vocab_size=0), "`vocab_size` must.*vocab_size=0"),
+        (dict(vocab_size=True), "`vocab_size` must.*vocab_size=True"),
+        (dict(model_dim=0), "`model_dim` must.*model_dim=0"),
+        (dict(model_dim=5.0), "`model_dim` must.*model_dim=5.0"),
+        (dict(position_shape=(4, 3.0)), "`position_shape` must.*position_shape=3.0"),
+        (dict(position_shape=()), r"`position_shape` must.*position_shape=\(\)"),
+        (dict(position_shape=12), "`position_shape` must.*position_shape=12"),
+        (dict(init="other"), "init='other'"),
         (dict(seed="1"), "seed='1'"),
     ],
 )
 def test_refuses_bad_arguments_by_name(arguments, says):
     with pytest.raises(ValueError, match=says):
-        SequenceEmbedding(**dict(vocabulary_size=7, width=5, axes=AXES) | arguments)
+        SequenceEmbedding(**dict(vocab_size=7, model_dim=5, position_shape=POSITION_SHAPE) | arguments)
 
 
 @pytest.mark.parametrize("fan_in", [0, -1, 2.0, "a", None])
@@ -87,8 +87,8 @@ def test_initial_values_follow_the_paper():
     assert np.std(layer.places[0]) == pytest.approx((0.125 / 512) ** 0.5, rel=0.02)
     assert not np.array_equal(layer.tokens, layer.places[0])
     stddev = {
-        reading: paper_initializer(256, 0.5, reading).get_config()["stddev"]
-        for reading in ("released", "standard_deviation", "variance")
+        init: paper_initializer(256, 0.5, init).get_config()["stddev"]
+        for init in ("released", "standard_deviation", "variance")
     }
     assert stddev == pytest.approx(
         {"released": 0.011049, "standard_deviation": 0.00390625, "variance": 0.0441942}, rel=1e-4

@@ -179,7 +179,7 @@ def test_config_round_trip(make):
     [
         (stf.layers.StridedAttention, dict(num_heads=2, key_dim=4, stride=4, value_dim=3)),
         (stf.layers.FixedAttention, dict(num_heads=2, key_dim=4, stride=4, summary=2, output_shape=5)),
-        (stf.layers.SequenceEmbedding, dict(vocabulary_size=8, width=8)),
+        (stf.layers.SequenceEmbedding, dict(vocab_size=8, model_dim=8)),
         (stf.layers.SparseResidualBlock, dict(ff_dim=12)),
         (stf.layers.SparseResidualStack, dict(num_blocks=2, num_heads=2, key_dim=4, value_dim=3, ff_dim=12)),
     ],
@@ -188,7 +188,7 @@ def test_config_round_trip(make):
 def test_sizes_and_seeds_may_be_numpys(make, sizes):
     """They make the same layer, and a config that JSON takes."""
     others = {
-        stf.layers.SequenceEmbedding: dict(axes=np.array([3, 4])),
+        stf.layers.SequenceEmbedding: dict(position_shape=np.array([3, 4])),
         stf.layers.SparseResidualBlock: dict(attention=stf.layers.StridedAttention(2, 4, 4, seed=2)),
         stf.layers.SparseResidualStack: dict(patterns=[PATTERN], dropout=np.float32(0.5)),
     }.get(make, {})
