@@ -1,16 +1,12 @@
 """Attention over a sparse pattern by the custom op, and the op's gradient."""
 
-import functools
-
 import tensorflow as tf
 
 from stf.ops import library
 from stf.ops.arguments import check_lengths, check_scale, check_tensors
-from stf.patterns import Program, lower
+from stf.ops.program import program_arguments
 
 DTYPES = (tf.float32, tf.bfloat16, tf.float16)
-
-_lower = functools.lru_cache(maxsize=256)(lower)
 
 
 def attention(
@@ -42,7 +38,9 @@ def attention(
         value: `[batch, position, head, value_depth]`, same dtype.
         pattern: a `stf.patterns.Pattern`.
         lengths: integers `[batch]`, positions in use of each sequence (the rest is padding on the
-            right: it attends to nothing and is attended by nothing), or None for all.
+            right: it attends to nothing and is attended by nothing), or None for all. From 0 to
+            the number of positions; others are refused where the host has them at hand, and cut to
+            that range on a GPU, where a look at them would have every call wait for the device.
         scale: factor of the scores, a finite Python number; `1 / sqrt(key_depth)` unless given.
         return_log_sum_exp: also return each query's log-sum-exp of its scores.
         name: of the operation.
@@ -64,47 +62,36 @@ def attention(
         query=query,
         key=key,
         value=value,
-        lengths=tf.zeros([0], tf.int32) if lengths is None else lengths,
+        lengths=[] if lengths is None else [lengths],
         scale=scale,
+        constant_log_sum_exp=not return_log_sum_exp,
         name=name,
-        **program_attributes(pattern, query.shape[2]),
+        **program_arguments(pattern, query.shape[2]),
     )
     return (output, log_sum_exp) if return_log_sum_exp else output
 
 
-def program_attributes(pattern, heads):
-    """The attributes by which both ops know a pattern."""
-    program = _lower(pattern, heads) if heads else Program([], [0], b"")
-    return {
-        "components": list(program.components),
-        "program_begin": list(program.program_begin),
-        "layouts": program.layouts,
-    }
-
-
 @tf.RegisterGradient("StfAttention")
 def _attention_gradient(op, output_grad, log_sum_exp_grad):
-    query, key, value, lengths = op.inputs
+    query, key, value, *others = op.inputs
     output, log_sum_exp = op.outputs
+    lengths = [others.pop(0)] if op.get_attr("num_lengths") else []
     if output_grad is None:
         output_grad = tf.zeros_like(output)
-    if log_sum_exp_grad is None:
-        log_sum_exp_grad = tf.zeros_like(log_sum_exp)
+    through_both = log_sum_exp_grad is not None and not op.get_attr("constant_log_sum_exp")
     grads = library.load().stf_attention_grad(
         query=query,
         key=key,
         value=value,
         lengths=lengths,
+        layout_bits=others,
         output=output,
         log_sum_exp=log_sum_exp,
         output_grad=output_grad,
-        log_sum_exp_grad=log_sum_exp_grad,
-        components=op.get_attr("components"),
-        program_begin=op.get_attr("program_begin"),
-        layouts=op.get_attr("layouts"),
-        scale=op.get_attr("scale"),
+        log_sum_exp_grad=[log_sum_exp_grad] if through_both else [],
+        **{name: op.get_attr(name) for name in ("components", "program_begin", "scale", "format")},
     )
-    return [*grads, None]
+    return [*grads, *(None for _ in op.inputs[3:])]
 
 
 @tf.RegisterGradient("StfAttentionGrad")

@@ -5,7 +5,7 @@ import numbers
 import tensorflow as tf
 
 from stf.ops import library
-from stf.ops.attention import program_attributes
+from stf.ops.program import program_arguments
 
 
 def packed_attention(query_key_value, pattern, num_heads, key_depth):
@@ -35,11 +35,11 @@ def packed_attention(query_key_value, pattern, num_heads, key_depth):
     pattern.check_heads(num_heads)
     output, log_sum_exp = library.load().stf_packed_attention(
         query_key_value=query_key_value,
-        lengths=tf.zeros([0], tf.int32),
+        lengths=[],
         num_heads=num_heads,
         key_depth=key_depth,
         scale=key_depth**-0.5,
-        **program_attributes(pattern, num_heads),
+        **program_arguments(pattern, num_heads),
     )
     return output, tf.stop_gradient(log_sum_exp)
 
@@ -60,31 +60,33 @@ def packed_attention_gradient(query_key_value, pattern, num_heads, key_depth, ou
     """
     return library.load().stf_packed_attention_grad(
         query_key_value=query_key_value,
-        lengths=tf.zeros([0], tf.int32),
+        lengths=[],
         output=output,
         log_sum_exp=log_sum_exp,
         output_grad=output_grad,
         num_heads=num_heads,
         key_depth=key_depth,
         scale=key_depth**-0.5,
-        **program_attributes(pattern, num_heads),
+        **program_arguments(pattern, num_heads),
     )
 
 
 @tf.RegisterGradient("StfPackedAttention")
 def _gradient(op, output_grad, _):
-    query_key_value, lengths = op.inputs
+    query_key_value, *others = op.inputs
     output, log_sum_exp = op.outputs
-    attributes = ("num_heads", "key_depth", "components", "program_begin", "layouts", "scale")
+    lengths = [others.pop(0)] if op.get_attr("num_lengths") else []
+    attributes = ("num_heads", "key_depth", "components", "program_begin", "scale", "format")
     grad = library.load().stf_packed_attention_grad(
         query_key_value=query_key_value,
         lengths=lengths,
+        layout_bits=others,
         output=output,
         log_sum_exp=log_sum_exp,
         output_grad=tf.zeros_like(output) if output_grad is None else output_grad,
         **{name: op.get_attr(name) for name in attributes},
     )
-    return [grad, None]
+    return [grad, *(None for _ in op.inputs[1:])]
 
 
 @tf.RegisterGradient("StfPackedAttentionGrad")

@@ -14,9 +14,9 @@ import tensorflow as tf
 from tensorflow.python.eager import context as eager_context
 
 from stf.ops import library
-from stf.ops.attention import program_attributes
 from stf.ops.differentiation import differentiable_once
-from stf.patterns import Kind
+from stf.ops.program import ProgramArguments
+from stf.patterns import Kind, Program, lower
 
 DTYPES = (tf.bfloat16, tf.float16)
 KEEP = {True: 0, "attention": 1, False: 2}  # by what is computed again: `stf_keep` of residual_stack.h
@@ -77,6 +77,9 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
     if not library.has_cuda():
         raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
     _load_cublas()
+    for pattern in patterns:
+        pattern.check_heads(num_heads)
+    program, first_program = _joint_program(tuple(patterns), num_heads)
     attributes = {
         "keep": KEEP[recompute],
         "num_heads": num_heads,
@@ -85,7 +88,8 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
         "drop_below": 0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
         "drop_scale": 1 / (1 - rate),
         "scale": key_depth**-0.5,
-        **_program_attributes(patterns, num_heads),
+        "first_program": first_program,
+        **program.keywords(),
     }
     seed = tf.zeros([2], tf.int32) if seed is None else seed
 
@@ -116,18 +120,18 @@ def _load_cublas():
     return None
 
 
-def _program_attributes(patterns, num_heads):
-    """The programs of several patterns as those of one, and where each pattern's begin."""
+@functools.lru_cache(maxsize=64)
+def _joint_program(patterns, num_heads):
+    """The programs of several patterns as `ProgramArguments` of one, and where each pattern's begin."""
     components, begin, layouts, first = [], [0], b"", [0]
     for pattern in patterns:
-        pattern.check_heads(num_heads)
-        of_pattern = program_attributes(pattern, num_heads)
-        records = list(of_pattern["components"])
+        program = lower(pattern, num_heads)
+        records = list(program.components)
         for at in range(0, len(records), 6):
             if records[at] == Kind.BLOCKS:
                 records[at + 2] += 8 * len(layouts)  # where its bits begin
-        begin += [len(components) // 6 + end for end in of_pattern["program_begin"][1:]]
+        begin += [len(components) // 6 + end for end in program.program_begin[1:]]
         components += records
-        layouts += of_pattern["layouts"]
+        layouts += program.layouts
         first.append(len(begin) - 1)
-    return {"components": components, "program_begin": begin, "layouts": layouts, "first_program": first}
+    return ProgramArguments(Program(components, begin, layouts)), first

@@ -45,6 +45,7 @@ class Blocks(Pattern):
         layout.flags.writeable = False
         self.layout = layout
         self.block_size = integer("block_size", block_size, 1)
+        self._hash = None
 
     @property
     def blocks(self):
@@ -122,6 +123,12 @@ class Blocks(Pattern):
 
     def _identity(self):
         return self.layout.shape, self.layout.tobytes(), self.block_size
+
+    def __hash__(self):
+        """Equal for equal patterns. Worked out once: the layout may be large."""
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
 
     def __repr__(self):
         """The layout's shape and number of blocks in use, not the layout."""

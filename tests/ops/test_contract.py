@@ -258,34 +258,40 @@ NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([-(2**63), 2**31, 2**40
 @given(
     components=st.lists(NUMBERS, max_size=14),
     program_begin=st.lists(NUMBERS, max_size=4),
-    layouts=st.binary(max_size=9),
+    layouts=st.lists(st.binary(max_size=9), max_size=2),
     scale=st.floats(width=32),
-    lengths=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=3),
+    lengths=st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=3), max_size=2),
+    sum_grads=st.integers(0, 2),
+    attribute_format=st.sampled_from([2, 2, 2, 1, 0, 3, -(2**40)]),
     n=st.integers(0, 9),
     gradient=st.booleans(),
 )
 def test_the_raw_op_refuses_or_computes_whatever_it_is_given(
-    components, program_begin, layouts, scale, lengths, n, gradient
+    components, program_begin, layouts, scale, lengths, sum_grads, attribute_format, n, gradient
 ):
     """No attribute and no length may abort the process or read outside a tensor."""
     x = tf.ones([2, n, 2, 4])
-    call = dict(components=components, program_begin=program_begin, layouts=layouts, scale=scale)
+    call = dict(
+        lengths=[tf.constant(given, tf.int32) for given in lengths],
+        layout_bits=[tf.constant(np.frombuffer(given, np.uint8)) for given in layouts],
+        components=components,
+        program_begin=program_begin,
+        scale=scale,
+        format=attribute_format,
+    )
     library = stf.ops.library.load()
     try:
-        output, log_sum_exp = library.stf_attention(
-            query=x, key=x, value=x, lengths=tf.constant(lengths, tf.int32), **call
-        )
+        output, log_sum_exp = library.stf_attention(query=x, key=x, value=x, **call)
         assert output.shape == x.shape and np.isfinite(output).all()
         if gradient:
             grads = library.stf_attention_grad(
                 query=x,
                 key=x,
                 value=x,
-                lengths=tf.constant(lengths, tf.int32),
                 output=output,
                 log_sum_exp=log_sum_exp,
                 output_grad=x,
-                log_sum_exp_grad=tf.zeros_like(log_sum_exp),
+                log_sum_exp_grad=[tf.zeros_like(log_sum_exp)] * sum_grads,
                 **call,
             )
             assert all(grad.shape == x.shape for grad in grads)
@@ -308,11 +314,12 @@ def test_the_raw_op_takes_any_parameters_of_a_component(kind, parameters, n):
             query=x,
             key=x,
             value=x,
-            lengths=tf.zeros([0], tf.int32),
+            lengths=[],
+            layout_bits=[tf.fill([32], tf.constant(255, tf.uint8))],
             components=[kind, *parameters, 0],
             program_begin=[0, 1],
-            layouts=b"\xff" * 32,
             scale=0.5,
+            format=2,
         )
         assert np.isfinite(output).all()
     except tf.errors.InvalidArgumentError as error:

@@ -14,7 +14,7 @@ from stf import patterns
 from stf.layers.block import BlockWeights
 from stf.layers.residual_loop import ResidualLoop
 from stf.ops import library
-from stf.ops.residual_stack import _load_cublas, _program_attributes, residual_stack, runs_residual_stack
+from stf.ops.residual_stack import _joint_program, _load_cublas, residual_stack, runs_residual_stack
 from stf.patterns import Program, components_mask
 
 LAYOUTS = [np.tril(np.random.default_rng(k).random((4, 4)) < 0.6) for k in range(2)]
@@ -28,12 +28,15 @@ def test_programs_of_several_patterns_are_those_of_each():
         patterns.Local(2) | patterns.Strided(7),
     ]
     heads, n = 2, 24
-    packed = _program_attributes(several, heads)
-    components, begin, first = packed["components"], packed["program_begin"], packed["first_program"]
+    arguments, first = _joint_program(tuple(several), heads)
+    packed = arguments.keywords()
+    components, begin = packed["components"], packed["program_begin"]
     assert first[0] == 0 and first[-1] == len(begin) - 1 and len(first) == len(several) + 1
     for pattern, lowest, end in zip(several, first, first[1:], strict=False):
         of_pattern = [b - begin[lowest] for b in begin[lowest : end + 1]]
-        program = Program(components[6 * begin[lowest] : 6 * begin[end]], of_pattern, packed["layouts"])
+        program = Program(
+            components[6 * begin[lowest] : 6 * begin[end]], of_pattern, bytes(packed["layout_bits"][0].numpy())
+        )
         for head in range(heads):
             parts = components_mask(program, n, head)
             np.testing.assert_array_equal(parts.sum(0), pattern.mask(n, head))  # disjoint, and all

@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int kThreads = 8;
-constexpr int64_t kLargest = INT64_MAX / 4096;  // of a component's parameter, in attention_program.cc
+constexpr int64_t kLargest = INT64_MAX / 4096;  // of a component's parameter, in tensorflow/attention/attributes.cc
 
 const char* const kNames[kResults] = {"output", "log_sum_exp", "query_grad", "key_grad", "value_grad"};
 const char* const kDtypes[3] = {"float32", "bfloat16", "float16"};

@@ -9,18 +9,19 @@
 #include <string>
 #include <vector>
 
-#include "custom_ops/tensorflow/attention_call.h"
-#include "custom_ops/tensorflow/attention_calls.h"
-#include "custom_ops/tensorflow/call_attributes.h"
+#include "custom_ops/tensorflow/attention/kernel.h"
+#include "custom_ops/tensorflow/attention/targets.h"
+#include "custom_ops/tensorflow/custom_call_attributes.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/layout_util.h"
+#include "xla/literal.h"
 #include "xla/shape_util.h"
 
 namespace stf {
 
 inline std::string Written(const Program& program, const Packing& packing) {
-  CallAttributes attributes;
+  CustomCallAttributes attributes;
   if (packing.heads) attributes.Add("num_heads", packing.heads).Add("key_depth", packing.key_depth);
   return attributes.Add(program).text();
 }
@@ -31,33 +32,43 @@ template <bool kGradient, bool kPacked, typename Device>
 class AttentionXla : public tensorflow::XlaOpKernel {
  public:
   explicit AttentionXla(tensorflow::OpKernelConstruction* context) : XlaOpKernel(context) {
-    OP_REQUIRES_OK(context, program_.Init(context));
-    if (kPacked) OP_REQUIRES_OK(context, packing_.Init(context));
+    OP_REQUIRES_OK(context, node_.Init(context, kPacked));
   }
 
+  // The handlers (ffi.h) take every operand: what the node lacks goes to them with no element.
   void Compile(tensorflow::XlaOpKernelContext* context) override {
     std::vector<tensorflow::TensorShape> shapes;
-    std::vector<xla::XlaOp> operands;
-    std::vector<xla::Shape> operand_shapes;
+    std::vector<xla::Shape> xla_shapes;
     for (int i = 0; i < context->num_inputs(); i++) {
       shapes.push_back(context->InputShape(i));
-      operands.push_back(context->Input(i));
       const auto shape = context->InputXlaShape(i);
       OP_REQUIRES_OK(context, shape.status());
-      operand_shapes.push_back(*shape);
+      xla_shapes.push_back(*shape);
     }
-    if (kPacked) OP_REQUIRES_OK(context, packing_.Unpack(&shapes));
     stf_problem problem;
-    OP_REQUIRES_OK(context, Describe(program_, STF_FLOAT32, shapes, &problem));
-    const xla::PrimitiveType type = operand_shapes[0].element_type();
-    problem.dtype = type == xla::F32 ? STF_FLOAT32 : type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
-    if (kGradient) OP_REQUIRES_OK(context, CheckGradient(shapes, problem));
+    const xla::PrimitiveType type = xla_shapes[0].element_type();
+    const int32_t dtype = type == xla::F32 ? STF_FLOAT32 : type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
+    OP_REQUIRES_OK(context, node_.Describe(shapes, dtype, &problem));
     OP_REQUIRES_OK(context, Device::Check(problem));
 
-    const absl::Span<const uint8_t> layouts(reinterpret_cast<const uint8_t*>(program_.layouts.data()), program_.layouts.size());
-    constexpr int kLayouts = kPacked ? 2 : 4;  // behind the lengths
-    operands.insert(operands.begin() + kLayouts, xla::ConstantR1<uint8_t>(context->builder(), layouts));
-    operand_shapes.insert(operand_shapes.begin() + kLayouts, xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(layouts.size())}));
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> operand_shapes;
+    const auto add = [&](int input) {
+      operands.push_back(context->Input(input));
+      operand_shapes.push_back(xla_shapes[input]);
+    };
+    const auto add_optional = [&](int input, xla::PrimitiveType element) {
+      if (input != AttentionNode::kNone) return add(input);
+      operand_shapes.push_back(xla::ShapeUtil::MakeShape(element, {0}));
+      operands.push_back(xla::ConstantLiteral(context->builder(), xla::Literal(operand_shapes.back())));
+    };
+    for (int i = 0; i < (kPacked ? 1 : 3); i++) add(i);
+    add_optional(node_.lengths(), xla::S32);
+    add_optional(node_.layout_bits(), xla::U8);
+    if (kGradient) {
+      for (const int input : {node_.output(), node_.log_sum_exp(), node_.output_grad()}) add(input);
+      if (!kPacked) add_optional(node_.log_sum_exp_grad(), xla::F32);
+    }
 
     std::vector<xla::Shape> results;
     if (kGradient) {
@@ -70,15 +81,15 @@ class AttentionXla : public tensorflow::XlaOpKernel {
     for (xla::Shape& shape : operand_shapes) xla::LayoutUtil::SetToDefaultLayout(&shape);
     for (xla::Shape& shape : results) xla::LayoutUtil::SetToDefaultLayout(&shape);
     const char* target = kPacked ? (kGradient ? kPackedGradientCall : kPackedForwardCall) : (kGradient ? kGradientCall : kForwardCall);
-    const xla::XlaOp call = xla::CustomCallWithLayout(
-        context->builder(), target, operands, xla::ShapeUtil::MakeTupleShape(results), operand_shapes, Written(program_, packing_),
-        /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    const xla::XlaOp call = xla::CustomCallWithLayout(context->builder(), target, operands, xla::ShapeUtil::MakeTupleShape(results),
+                                                      operand_shapes, Written(node_.program(), node_.packing()),
+                                                      /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+                                                      xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (int i = 0; i < context->num_outputs(); i++) context->SetOutput(i, xla::GetTupleElement(call, i));
   }
 
  private:
-  Program program_;
-  Packing packing_;
+  AttentionNode node_;
 };
 
 #define STF_REGISTER_XLA_KERNEL(name, device, ...) \

@@ -3,8 +3,7 @@
 
 #define EIGEN_USE_GPU
 #include "custom_ops/attention/cuda/attention.h"
-#include "custom_ops/tensorflow/attention_call.h"
-#include "custom_ops/tensorflow/layouts_on_device.h"
+#include "custom_ops/tensorflow/attention/kernel.h"
 
 namespace stf {
 namespace {
@@ -26,10 +25,9 @@ class AttentionGpuBase : public AttentionBase<T, kPacked> {
   using AttentionBase<T, kPacked>::AttentionBase;
 
  protected:
-  absl::Status Prepare(OpKernelContext* context, stf_problem* problem) {
+  absl::Status Prepare(OpKernelContext* context, stf_problem* problem) const {
     TF_RETURN_IF_ERROR(this->Read(context, problem));
-    TF_RETURN_IF_ERROR(CheckForGpu(*problem));
-    return layouts_.Get(context, this->layouts(), &problem->layouts);
+    return CheckForGpu(*problem);
   }
 
   cudaStream_t Stream(OpKernelContext* context) const { return context->eigen_gpu_device().stream(); }
@@ -37,9 +35,6 @@ class AttentionGpuBase : public AttentionBase<T, kPacked> {
   absl::Status Workspace(OpKernelContext* context, size_t bytes, Tensor* workspace) const {
     return context->allocate_temp(tensorflow::DT_INT8, TensorShape({static_cast<int64_t>(bytes)}), workspace);
   }
-
- private:
-  LayoutsOnDevice layouts_;
 };
 
 template <typename T, bool kPacked>
@@ -74,11 +69,10 @@ class AttentionGradGpu : public AttentionGpuBase<T, kPacked> {
     this->Inputs(context, problem, inputs);
     OP_REQUIRES_OK(context, this->Gradients(context, problem, grads));
     OP_REQUIRES_OK(context, this->Workspace(context, stf_attention_cuda_backward_workspace(&problem), &workspace));
-    const stf_tensor output = Strided(context->input(this->kOutput)), output_grad = Strided(context->input(this->kOutput + 2));
-    const float* log_sum_exp = context->input(this->kOutput + 1).template flat<float>().data();
-    OP_REQUIRES_OK(context, Launched(stf_attention_cuda_backward(&problem, &inputs[0], &inputs[1], &inputs[2], &output, log_sum_exp,
-                                                                 &output_grad, this->StatisticGrad(context), &grads[0], &grads[1],
-                                                                 &grads[2], workspace.data(), this->Stream(context))));
+    const stf_tensor output = this->Output(context), output_grad = this->OutputGrad(context);
+    OP_REQUIRES_OK(context, Launched(stf_attention_cuda_backward(
+                                &problem, &inputs[0], &inputs[1], &inputs[2], &output, this->LogSumExp(context), &output_grad,
+                                this->LogSumExpGrad(context), &grads[0], &grads[1], &grads[2], workspace.data(), this->Stream(context))));
   }
 };
 

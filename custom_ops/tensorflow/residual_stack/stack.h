@@ -1,6 +1,6 @@
 // A call of the stack op: what its kernels, its lowering and its handlers under XLA share.
-#ifndef STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_CALL_H_
-#define STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_CALL_H_
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_STACK_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_STACK_H_
 
 #include <cstdint>
 #include <vector>
@@ -18,7 +18,7 @@ constexpr const char* kStackWeightNames[kStackWeights] = {"projection_kernel",  
                                                           "output_kernel",         "output_bias"};
 
 // Sizes and options of a stack, from shapes and attributes. Components, program_begin and first_program are the attributes' (see
-// residual_stack_op.cc); they are pointed to.
+// schema.cc); they are pointed to.
 struct StackOptions {
   int64_t blocks, batch, positions, width, hidden_width, heads, key_depth, value_depth;
   int32_t dtype, keep;
@@ -72,4 +72,4 @@ inline stf_stack_weights StackWeights(void* const data[kStackWeights]) {
 
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_CALL_H_
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_RESIDUAL_STACK_STACK_H_

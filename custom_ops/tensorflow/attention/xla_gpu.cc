@@ -1,6 +1,6 @@
 // The op under XLA on the GPU.
 #include "custom_ops/attention/cuda/attention.h"
-#include "custom_ops/tensorflow/attention_xla.h"
+#include "custom_ops/tensorflow/attention/xla.h"
 
 namespace stf {
 namespace {

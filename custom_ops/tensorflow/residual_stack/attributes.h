@@ -5,8 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "custom_ops/tensorflow/attention_call.h"
-#include "custom_ops/tensorflow/residual_stack_call.h"
+#include "custom_ops/tensorflow/attention/kernel.h"
+#include "custom_ops/tensorflow/residual_stack/stack.h"
 
 namespace stf {
 
@@ -42,9 +42,9 @@ struct StackAttributes {
     return absl::OkStatus();
   }
 
-  // What the shapes of the input (or of a gradient like it) and of the weights describe.
-  absl::Status Describe(const tensorflow::TensorShape& input, const std::vector<tensorflow::TensorShape>& weights, int32_t dtype,
-                        StackOptions* options) const {
+  // What the shapes of the input (or of a gradient like it), of the weights and of layout_bits ([0] where there is none) describe.
+  absl::Status Describe(const tensorflow::TensorShape& input, const std::vector<tensorflow::TensorShape>& weights,
+                        const tensorflow::TensorShape& layout_bits, int32_t dtype, StackOptions* options) const {
     using tensorflow::TensorShape;
     using tensorflow::errors::InvalidArgument;
     if (input.dims() != 3) return InvalidArgument("input must be [batch, position, width]. Received: input=", input.DebugString());
@@ -68,7 +68,8 @@ struct StackAttributes {
     if (values % heads)
       return InvalidArgument("attention_output_kernel must have a value_depth for each of num_heads=", heads,
                              ". Received: attention_output_kernel=", weights[2].DebugString());
-    TF_RETURN_IF_ERROR(program.CheckPositions(input.dim_size(1)));
+    if (layout_bits.dims() != 1) return InvalidArgument("layout_bits must be [bytes]. Received: layout_bits=", layout_bits.DebugString());
+    TF_RETURN_IF_ERROR(program.CheckLayouts(layout_bits.dim_size(0), input.dim_size(1)));
     *options = {blocks,
                 input.dim_size(0),
                 input.dim_size(1),

@@ -3,8 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #define EIGEN_USE_GPU
-#include "custom_ops/tensorflow/layouts_on_device.h"
-#include "custom_ops/tensorflow/residual_stack_attributes.h"
+#include "custom_ops/tensorflow/residual_stack/attributes.h"
 
 namespace stf {
 namespace {
@@ -16,7 +15,7 @@ using tensorflow::TensorShape;
 
 absl::Status Done(const char* error) { return error ? tensorflow::errors::Internal("StfResidualStack: ", error) : absl::OkStatus(); }
 
-// Inputs of both ops: `before` tensors of which the last has the stream's shape, the weights, the seed.
+// Inputs of both ops: `before` tensors of which the last has the stream's shape, the weights, the seed, layout_bits or none.
 template <typename T, int before>
 class StackBase : public tensorflow::OpKernel {
  public:
@@ -24,7 +23,7 @@ class StackBase : public tensorflow::OpKernel {
 
  protected:
   absl::Status Read(OpKernelContext* context, StackOptions* options, const uint8_t** layouts, const int32_t** seed,
-                    stf_stack_weights* weights) {
+                    stf_stack_weights* weights) const {
     std::vector<TensorShape> shapes;
     void* data[kStackWeights];
     for (int i = 0; i < kStackWeights; i++) {
@@ -32,11 +31,15 @@ class StackBase : public tensorflow::OpKernel {
       data[i] = context->input(before + i).data();
     }
     *weights = StackWeights(data);
-    TF_RETURN_IF_ERROR(attributes_.Describe(context->input(before - 1).shape(), shapes, kDtype<T>, options));
+    const int bits = before + kStackWeights + 1;
+    const bool given = context->num_inputs() > bits;
+    *layouts = given ? static_cast<const uint8_t*>(context->input(bits).data()) : nullptr;
+    TF_RETURN_IF_ERROR(attributes_.Describe(context->input(before - 1).shape(), shapes,
+                                            given ? context->input(bits).shape() : TensorShape({0}), kDtype<T>, options));
     const Tensor& words = context->input(before + kStackWeights);
     TF_RETURN_IF_ERROR(CheckShape("seed", words.shape(), {2}));
     *seed = words.template vec<int32_t>().data();
-    return layouts_.Get(context, attributes_.program.layouts, layouts);
+    return absl::OkStatus();
   }
 
   static absl::Status Workspace(OpKernelContext* context, size_t bytes, Tensor* workspace) {
@@ -47,7 +50,6 @@ class StackBase : public tensorflow::OpKernel {
 
  private:
   StackAttributes attributes_;
-  LayoutsOnDevice layouts_;
 };
 
 template <typename T>

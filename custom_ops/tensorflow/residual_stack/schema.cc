@@ -1,5 +1,5 @@
-// Schema and shape functions of the stack op and its gradient. Kernels: residual_stack_gpu.cc.
-#include "custom_ops/tensorflow/residual_stack_call.h"
+// Schema and shape functions of the stack op and its gradient. Kernels: kernel_gpu.cc.
+#include "custom_ops/tensorflow/residual_stack/stack.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/platform/errors.h"
@@ -36,6 +36,7 @@ REGISTER_OP("StfResidualStack")
     .Input("output_kernel: T")
     .Input("output_bias: float")
     .Input("seed: int32")
+    .Input("layout_bits: num_layouts * uint8")
     .Output("output: T")
     .Output("kept: T")
     .Output("statistics: float")
@@ -48,9 +49,11 @@ REGISTER_OP("StfResidualStack")
     .Attr("drop_scale: float")
     .Attr("components: list(int)")
     .Attr("program_begin: list(int)")
-    .Attr("layouts: string")
     .Attr("scale: float")
     .Attr("first_program: list(int)")
+    .Attr("num_layouts: int >= 0 = 0")
+    .Attr("format: int = 1")
+    .Attr("layouts: string = ''")
     .SetShapeFn(ForwardShapes)
     .Doc(R"doc(
 Residual blocks one after another (Child et al. 2019, Eqs. 11-14).
@@ -65,6 +68,7 @@ hidden_bias: [block, hidden].
 output_kernel: [block, hidden, width].
 output_bias: [block, width].
 seed: [2], of dropout.
+layout_bits: bits of all patterns' block layouts; none where the patterns have none.
 output: [batch, position, width].
 kept: what the gradient needs and does not compute again, one row for a block or two.
 statistics: the same, in float32.
@@ -74,9 +78,10 @@ drop_below: dropout's rate times 2^32.
 drop_scale: factor of what is not dropped.
 components: records of six integers of all patterns' components, as StfAttention takes them.
 program_begin: of all patterns' programs, one pattern after another.
-layouts: bits of all patterns' block layouts.
 scale: factor of the scores.
 first_program: of each pattern, and the number of programs: block k runs pattern k mod (size - 1).
+format: as StfAttention's.
+layouts: the block layouts of format 1, which are not read any more.
 )doc");
 
 REGISTER_OP("StfResidualStackGrad")
@@ -92,6 +97,7 @@ REGISTER_OP("StfResidualStackGrad")
     .Input("output_kernel: T")
     .Input("output_bias: float")
     .Input("seed: int32")
+    .Input("layout_bits: num_layouts * uint8")
     .Output("input_grad: T")
     .Output("projection_kernel_grad: T")
     .Output("projection_bias_grad: float")
@@ -110,9 +116,11 @@ REGISTER_OP("StfResidualStackGrad")
     .Attr("drop_scale: float")
     .Attr("components: list(int)")
     .Attr("program_begin: list(int)")
-    .Attr("layouts: string")
     .Attr("scale: float")
     .Attr("first_program: list(int)")
+    .Attr("num_layouts: int >= 0 = 0")
+    .Attr("format: int = 1")
+    .Attr("layouts: string = ''")
     .SetShapeFn(GradientShapes)
     .Doc(R"doc(
 Gradients of StfResidualStack. Deterministic.

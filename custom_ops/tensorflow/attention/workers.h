@@ -1,6 +1,6 @@
 // What the CPU kernels need of whoever calls them: threads, and a look at lengths.
-#ifndef STF_CUSTOM_OPS_TENSORFLOW_WORKERS_H_
-#define STF_CUSTOM_OPS_TENSORFLOW_WORKERS_H_
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_WORKERS_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_WORKERS_H_
 
 #include <algorithm>
 #include <atomic>
@@ -64,4 +64,4 @@ inline std::string WrongLength(const stf_problem& problem) {
 
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_TENSORFLOW_WORKERS_H_
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_WORKERS_H_

@@ -1,10 +1,10 @@
-// The op under XLA: what the handlers of its custom calls share. XLA calls them with buffers and attributes; attention_xla.cc says which.
+// The op under XLA: what the handlers of its custom calls share. XLA calls them with buffers and attributes; xla.h says which.
 #ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_FFI_H_
 #define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_FFI_H_
 
 #include "custom_ops/attention/problem.h"
-#include "custom_ops/tensorflow/attention_calls.h"
-#include "custom_ops/tensorflow/packed_tensors.h"
+#include "custom_ops/tensorflow/attention/packed.h"
+#include "custom_ops/tensorflow/attention/targets.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla::ffi {
@@ -106,6 +106,12 @@ inline stf_tensor Strided(const AnyBuffer& buffer) {
   return {buffer.untyped_data(), sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3]};
 }
 
+// The elements of an operand that a call may lack: null where there is none.
+template <typename T>
+const T* DataOrNull(const AnyBuffer& buffer) {
+  return buffer.element_count() ? static_cast<const T*>(buffer.untyped_data()) : nullptr;
+}
+
 // What a call's sizes and attributes describe. It points into the arguments.
 struct Sizes {
   int64_t batch, positions, heads, key_depth, value_depth;
@@ -125,8 +131,8 @@ inline stf_problem Describe(const Sizes& sizes, ffi::DataType type, const AnyBuf
           static_cast<int32_t>(begin.size()) - 1,
           begin.begin(),
           reinterpret_cast<const stf_component*>(components.begin()),
-          static_cast<const uint8_t*>(layouts.untyped_data()),
-          lengths.element_count() ? static_cast<const int32_t*>(lengths.untyped_data()) : nullptr};
+          DataOrNull<uint8_t>(layouts),
+          DataOrNull<int32_t>(lengths)};
 }
 
 inline Sizes SizesOf(const AnyBuffer& query, const AnyBuffer& value) {

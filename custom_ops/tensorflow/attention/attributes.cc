@@ -1,5 +1,5 @@
 // Reads and checks the attributes of the attention op.
-#include "custom_ops/tensorflow/attention_program.h"
+#include "custom_ops/tensorflow/attention/attributes.h"
 
 #include <cmath>
 #include <limits>
@@ -11,6 +11,7 @@ namespace {
 
 using tensorflow::errors::InvalidArgument;
 
+constexpr int kFormat = 2;           // the latest
 constexpr int kRecord = 6;           // integers of a component
 constexpr int kMostComponents = 63;  // of a head: `exclude` has a bit for each
 // Of a parameter, so that no sum or product with a tile's size overflows.
@@ -23,7 +24,7 @@ std::string Listed(const std::vector<int64_t>& values) {
   return listed + (values.size() > 16 ? ", ...]" : "]");
 }
 
-absl::Status CheckComponent(const stf_component& c, int index, int64_t layout_bits) {
+absl::Status CheckComponent(const stf_component& c, int index) {
   auto invalid = [index](const char* rule, const char* name, int64_t value) {
     return InvalidArgument("components: ", rule, ". Received: ", name, "=", value, " in component ", index);
   };
@@ -41,8 +42,6 @@ absl::Status CheckComponent(const stf_component& c, int index, int64_t layout_bi
   }
   if (c.kind == STF_BLOCKS) {
     if (c.c < 1) return invalid("a layout must have a block", "blocks", c.c);
-    if (c.c > (int64_t{1} << 24) || c.b > layout_bits || c.c * c.c > layout_bits - c.b)
-      return invalid("layouts must hold blocks x blocks bits", "blocks", c.c);
   }
   return absl::OkStatus();
 }
@@ -51,12 +50,21 @@ absl::Status CheckComponent(const stf_component& c, int index, int64_t layout_bi
 
 absl::Status Program::Init(tensorflow::OpKernelConstruction* context) {
   std::vector<int64_t> records, bounds;
-  tensorflow::tstring bits;
+  tensorflow::tstring layouts;
+  int64_t format;
+  TF_RETURN_IF_ERROR(context->GetAttr("format", &format));
+  if (format < 1 || format > kFormat)
+    return InvalidArgument("format must be from 1 to ", kFormat,
+                           ", those that this stf reads: another version of it has written the graph. Received: format=", format);
+  TF_RETURN_IF_ERROR(context->GetAttr("layouts", &layouts));
+  if (!layouts.empty())
+    return InvalidArgument(
+        "layouts must be empty: a graph with block layouts of format 1 is not read any more, make it anew from the model. "
+        "Received: layouts of ",
+        layouts.size(), " bytes");
   TF_RETURN_IF_ERROR(context->GetAttr("components", &records));
   TF_RETURN_IF_ERROR(context->GetAttr("program_begin", &bounds));
-  TF_RETURN_IF_ERROR(context->GetAttr("layouts", &bits));
   TF_RETURN_IF_ERROR(context->GetAttr("scale", &scale));
-  layouts = std::string(bits.data(), bits.size());
   if (!std::isfinite(scale)) return InvalidArgument("scale must be finite. Received: scale=", scale);
   if (records.size() % kRecord != 0)
     return InvalidArgument("components must be records of ", kRecord, " integers. Received: ", records.size(), " integers");
@@ -64,7 +72,7 @@ absl::Status Program::Init(tensorflow::OpKernelConstruction* context) {
   for (int64_t i = 0; i < count; i++) {
     const int64_t* r = &records[i * kRecord];
     components.push_back({r[0], r[1], r[2], r[3], r[4], r[5]});
-    TF_RETURN_IF_ERROR(CheckComponent(components.back(), i, 8 * static_cast<int64_t>(layouts.size())));
+    TF_RETURN_IF_ERROR(CheckComponent(components.back(), i));
   }
   if (bounds.empty() || bounds.front() != 0 || bounds.back() != count)
     return InvalidArgument("program_begin must run from 0 to the number of components, ", count, ". Received: ", Listed(bounds));
@@ -84,10 +92,13 @@ absl::Status Program::Init(tensorflow::OpKernelConstruction* context) {
   return absl::OkStatus();
 }
 
-absl::Status Program::CheckPositions(int64_t positions) const {
+absl::Status Program::CheckLayouts(int64_t bytes, int64_t positions) const {
+  const int64_t bits = 8 * bytes;
   if (positions == 0) return absl::OkStatus();  // nothing to lay out
   for (const stf_component& c : components) {
     if (c.kind != STF_BLOCKS) continue;
+    if (c.c > (int64_t{1} << 24) || c.b > bits || c.c * c.c > bits - c.b)
+      return InvalidArgument("layout_bits must hold ", c.c, " x ", c.c, " bits from bit ", c.b, " on. Received: ", bytes, " bytes");
     const int64_t blocks = positions / c.a + (positions % c.a != 0);
     if (c.c != blocks)
       return InvalidArgument("layout must have ceil(positions / block_size) = ", blocks, " blocks for ", positions,

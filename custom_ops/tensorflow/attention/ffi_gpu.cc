@@ -2,7 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "custom_ops/attention/cuda/attention.h"
-#include "custom_ops/tensorflow/attention_ffi.h"
+#include "custom_ops/tensorflow/attention/ffi.h"
 
 namespace stf {
 namespace {
@@ -29,7 +29,7 @@ ffi::Error Gradient(cudaStream_t stream, AnyBuffer query, AnyBuffer key, AnyBuff
   const stf_tensor q = Strided(query), k = Strided(key), v = Strided(value), out = Strided(output), grad = Strided(output_grad);
   const stf_tensor grads[] = {Strided(*query_grad), Strided(*key_grad), Strided(*value_grad)};
   return Launched(stf_attention_cuda_backward(&problem, &q, &k, &v, &out, log_sum_exp.typed_data<float>(), &grad,
-                                              log_sum_exp_grad.typed_data<float>(), &grads[0], &grads[1], &grads[2],
+                                              DataOrNull<float>(log_sum_exp_grad), &grads[0], &grads[1], &grads[2],
                                               workspace->untyped_data(), stream));
 }
 

@@ -1,28 +1,28 @@
 // Attributes of a custom call as MLIR writes them, which is how XLA takes them.
-#ifndef STF_CUSTOM_OPS_TENSORFLOW_CALL_ATTRIBUTES_H_
-#define STF_CUSTOM_OPS_TENSORFLOW_CALL_ATTRIBUTES_H_
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_CUSTOM_CALL_ATTRIBUTES_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_CUSTOM_CALL_ATTRIBUTES_H_
 
 #include <charconv>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "custom_ops/tensorflow/attention_program.h"
+#include "custom_ops/tensorflow/attention/attributes.h"
 
 namespace stf {
 
-class CallAttributes {
+class CustomCallAttributes {
  public:
-  CallAttributes& Add(const char* name, int64_t value) { return Write(name, std::to_string(value) + " : i64"); }
-  CallAttributes& Add(const char* name, float value) {
+  CustomCallAttributes& Add(const char* name, int64_t value) { return Write(name, std::to_string(value) + " : i64"); }
+  CustomCallAttributes& Add(const char* name, float value) {
     char digits[32];  // nine of them give every float back; with a point whatever the locale says
     const auto end = std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::scientific, 9).ptr;
     return Write(name, std::string(digits, end) + " : f32");
   }
-  CallAttributes& Add(const char* name, const std::vector<int64_t>& values) { return WriteArray(name, "i64", values); }
-  CallAttributes& Add(const char* name, const std::vector<int32_t>& values) { return WriteArray(name, "i32", values); }
+  CustomCallAttributes& Add(const char* name, const std::vector<int64_t>& values) { return WriteArray(name, "i64", values); }
+  CustomCallAttributes& Add(const char* name, const std::vector<int32_t>& values) { return WriteArray(name, "i32", values); }
   // A pattern's components, programs and scale.
-  CallAttributes& Add(const Program& program) {
+  CustomCallAttributes& Add(const Program& program) {
     std::vector<int64_t> records;
     for (const stf_component& c : program.components) records.insert(records.end(), {c.kind, c.a, c.b, c.c, c.d, c.exclude});
     return Add("components", records).Add("program_begin", program.begin).Add("scale", program.scale);
@@ -31,13 +31,13 @@ class CallAttributes {
   std::string text() const { return text_ + "}"; }
 
  private:
-  CallAttributes& Write(const char* name, const std::string& value) {
+  CustomCallAttributes& Write(const char* name, const std::string& value) {
     text_ += (text_.size() > 1 ? ", " : "") + std::string(name) + " = " + value;
     return *this;
   }
 
   template <typename T>
-  CallAttributes& WriteArray(const char* name, const char* type, const std::vector<T>& values) {
+  CustomCallAttributes& WriteArray(const char* name, const char* type, const std::vector<T>& values) {
     std::string array = std::string("array<") + type;
     const char* separator = ": ";
     for (const T value : values) {
@@ -52,4 +52,4 @@ class CallAttributes {
 
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_TENSORFLOW_CALL_ATTRIBUTES_H_
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_CUSTOM_CALL_ATTRIBUTES_H_

@@ -1,8 +1,8 @@
-// Handlers of the stack op's custom calls. residual_stack_xla_gpu.cc says which operands and results come.
+// Handlers of the stack op's custom calls. xla_gpu.cc says which operands and results come.
 #include <cuda_runtime_api.h>
 
-#include "custom_ops/tensorflow/attention_ffi.h"
-#include "custom_ops/tensorflow/residual_stack_call.h"
+#include "custom_ops/tensorflow/attention/ffi.h"
+#include "custom_ops/tensorflow/residual_stack/stack.h"
 
 namespace stf {
 namespace {

@@ -1,6 +1,6 @@
 // The names of the op's custom calls under XLA.
-#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALLS_H_
-#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALLS_H_
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_TARGETS_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_TARGETS_H_
 
 namespace stf {
 
@@ -9,4 +9,4 @@ constexpr char kPackedForwardCall[] = "stf_packed_attention", kPackedGradientCal
 
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_CALLS_H_
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_TARGETS_H_

@@ -1,7 +1,7 @@
 // The attention op and its gradient on the CPU: checks, allocation, launch.
 #include "custom_ops/attention/cpu/attention.h"
-#include "custom_ops/tensorflow/attention_call.h"
-#include "custom_ops/tensorflow/workers.h"
+#include "custom_ops/tensorflow/attention/kernel.h"
+#include "custom_ops/tensorflow/attention/workers.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 
 namespace stf {
@@ -48,13 +48,12 @@ class AttentionGradCpu : public AttentionBase<T, kPacked> {
     stf_tensor inputs[3], grads[3];
     this->Inputs(context, problem, inputs);
     OP_REQUIRES_OK(context, this->Gradients(context, problem, grads));
-    const stf_tensor output = Strided(context->input(this->kOutput)), output_grad = Strided(context->input(this->kOutput + 2));
-    const float* log_sum_exp = context->input(this->kOutput + 1).template flat<float>().data();
+    const stf_tensor output = this->Output(context), output_grad = this->OutputGrad(context);
     const auto* threads = context->device()->tensorflow_cpu_worker_threads();
     const Workers workers(threads->workers, threads->num_threads);
-    OP_REQUIRES_OK(context,
-                   Launched(stf_attention_cpu_backward(&problem, &inputs[0], &inputs[1], &inputs[2], &output, log_sum_exp, &output_grad,
-                                                       this->StatisticGrad(context), &grads[0], &grads[1], &grads[2], workers.get())));
+    OP_REQUIRES_OK(context, Launched(stf_attention_cpu_backward(&problem, &inputs[0], &inputs[1], &inputs[2], &output,
+                                                                this->LogSumExp(context), &output_grad, this->LogSumExpGrad(context),
+                                                                &grads[0], &grads[1], &grads[2], workers.get())));
   }
 };
 

@@ -1,4 +1,4 @@
-// Schema and shape functions of the attention op and its gradient, for every device. Kernels: attention_cpu.cc, attention_gpu.cc.
+// Schema and shape functions of the attention op and its gradient, for every device. Kernels: kernel_cpu.cc, kernel_gpu.cc.
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -16,9 +16,23 @@ struct Shapes {
   ShapeHandle query, value, log_sum_exp;  // key is as query, output as value
 };
 
-absl::Status WithRank(InferenceContext* c, int input, const char* name, const char* axes, int rank, ShapeHandle* shape) {
-  if (c->WithRank(c->input(input), rank, shape).ok()) return absl::OkStatus();
-  return InvalidArgument(name, " must be ", axes, ". Received: ", name, "=", c->DebugString(c->input(input)));
+absl::Status WithRank(InferenceContext* c, const char* name, ShapeHandle input, const char* axes, int rank, ShapeHandle* shape) {
+  if (c->WithRank(input, rank, shape).ok()) return absl::OkStatus();
+  return InvalidArgument(name, " must be ", axes, ". Received: ", name, "=", c->DebugString(input));
+}
+
+// An input that a call may lack, a list of one or none. Where there is none, `shape` stays as it is.
+absl::Status Optional(InferenceContext* c, const char* name, ShapeHandle* shape) {
+  std::vector<ShapeHandle> given;
+  TF_RETURN_IF_ERROR(c->input(name, &given));
+  if (given.size() > 1) return InvalidArgument(name, " must be one tensor or none. Received: ", given.size(), " tensors");
+  if (!given.empty()) *shape = given[0];
+  return absl::OkStatus();
+}
+
+ShapeHandle Named(InferenceContext* c, const char* name) {
+  std::vector<ShapeHandle> given;
+  return c->input(name, &given).ok() && given.size() == 1 ? given[0] : c->UnknownShape();
 }
 
 // What is known of a shape from `shape` and from what it must equal.
@@ -32,22 +46,32 @@ ShapeHandle WithDepth(InferenceContext* c, ShapeHandle shape, DimensionHandle de
   return c->MakeShape({c->Dim(shape, 0), c->Dim(shape, 1), c->Dim(shape, 2), depth});
 }
 
-// The first four inputs' shapes, each with what the others know of it.
+// What lengths say of the batch; and a look at layout_bits, of which nothing follows.
+absl::Status InferBatch(InferenceContext* c, DimensionHandle* batch) {
+  ShapeHandle lengths = c->Vector(*batch), bits = c->Vector(c->UnknownDim());
+  TF_RETURN_IF_ERROR(Optional(c, "lengths", &lengths));
+  TF_RETURN_IF_ERROR(Optional(c, "layout_bits", &bits));
+  TF_RETURN_IF_ERROR(WithRank(c, "layout_bits", bits, "[bytes]", 1, &bits));
+  TF_RETURN_IF_ERROR(WithRank(c, "lengths", lengths, "[batch]", 1, &lengths));
+  const DimensionHandle count = c->Dim(lengths, 0);
+  if (c->ValueKnown(count) && c->Value(count) == 0) return absl::OkStatus();  // format 1: all positions are in use
+  TF_RETURN_IF_ERROR(Agree(c, "lengths", lengths, c->Vector(*batch), &lengths));
+  if (c->ValueKnown(count)) *batch = c->Dim(lengths, 0);
+  return absl::OkStatus();
+}
+
+// What query, key, value, lengths and layout_bits say of the shapes, each with what the others know of it.
 absl::Status InferShapes(InferenceContext* c, Shapes* shapes) {
   constexpr char kAxes[] = "[batch, position, head, depth]";
-  ShapeHandle query, key, value, lengths;
-  TF_RETURN_IF_ERROR(WithRank(c, 0, "query", kAxes, 4, &query));
-  TF_RETURN_IF_ERROR(WithRank(c, 1, "key", kAxes, 4, &key));
-  TF_RETURN_IF_ERROR(WithRank(c, 2, "value", kAxes, 4, &value));
-  TF_RETURN_IF_ERROR(WithRank(c, 3, "lengths", "[batch] or [0]", 1, &lengths));
+  ShapeHandle query, key, value;
+  TF_RETURN_IF_ERROR(WithRank(c, "query", c->input(0), kAxes, 4, &query));
+  TF_RETURN_IF_ERROR(WithRank(c, "key", c->input(1), kAxes, 4, &key));
+  TF_RETURN_IF_ERROR(WithRank(c, "value", c->input(2), kAxes, 4, &value));
   TF_RETURN_IF_ERROR(Agree(c, "key", key, query, &query));
   TF_RETURN_IF_ERROR(Agree(c, "value", value, WithDepth(c, query, c->Dim(value, 3)), &value));
-  const DimensionHandle length_count = c->Dim(lengths, 0);
-  if (c->ValueKnown(length_count) && c->Value(length_count) != 0) {
-    ShapeHandle batch = c->MakeShape({c->Dim(value, 0)});
-    TF_RETURN_IF_ERROR(Agree(c, "lengths", lengths, batch, &batch));
-    TF_RETURN_IF_ERROR(c->ReplaceDim(value, 0, c->Dim(batch, 0), &value));
-  }
+  DimensionHandle batch = c->Dim(value, 0);
+  TF_RETURN_IF_ERROR(InferBatch(c, &batch));
+  TF_RETURN_IF_ERROR(c->ReplaceDim(value, 0, batch, &value));
   shapes->query = WithDepth(c, value, c->Dim(query, 3));
   shapes->value = value;
   shapes->log_sum_exp = c->MakeShape({c->Dim(value, 0), c->Dim(value, 2), c->Dim(value, 1)});
@@ -66,10 +90,12 @@ absl::Status GradientShapes(InferenceContext* c) {
   Shapes shapes;
   TF_RETURN_IF_ERROR(InferShapes(c, &shapes));
   ShapeHandle output = shapes.value, statistic = shapes.log_sum_exp;
-  TF_RETURN_IF_ERROR(Agree(c, "output", c->input(4), output, &output));
-  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", c->input(5), statistic, &statistic));
-  TF_RETURN_IF_ERROR(Agree(c, "output_grad", c->input(6), output, &output));
-  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp_grad", c->input(7), statistic, &statistic));
+  TF_RETURN_IF_ERROR(Agree(c, "output", Named(c, "output"), output, &output));
+  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", Named(c, "log_sum_exp"), statistic, &statistic));
+  TF_RETURN_IF_ERROR(Agree(c, "output_grad", Named(c, "output_grad"), output, &output));
+  ShapeHandle statistic_grad = statistic;
+  TF_RETURN_IF_ERROR(Optional(c, "log_sum_exp_grad", &statistic_grad));
+  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp_grad", statistic_grad, statistic, &statistic));
   c->set_output(0, shapes.query);
   c->set_output(1, shapes.query);
   c->set_output(2, shapes.value);
@@ -78,7 +104,7 @@ absl::Status GradientShapes(InferenceContext* c) {
 
 // The packed tensor's shape, [batch, position, width], and those of the output and of the log-sum-exp.
 absl::Status InferPackedShapes(InferenceContext* c, ShapeHandle* packed, ShapeHandle* output, ShapeHandle* log_sum_exp) {
-  TF_RETURN_IF_ERROR(WithRank(c, 0, "query_key_value", "[batch, position, width]", 3, packed));
+  TF_RETURN_IF_ERROR(WithRank(c, "query_key_value", c->input(0), "[batch, position, width]", 3, packed));
   int64_t heads, key_depth;
   TF_RETURN_IF_ERROR(c->GetAttr("num_heads", &heads));
   TF_RETURN_IF_ERROR(c->GetAttr("key_depth", &key_depth));
@@ -90,8 +116,11 @@ absl::Status InferPackedShapes(InferenceContext* c, ShapeHandle* packed, ShapeHa
                              " and key_depth=", key_depth, ". Received: query_key_value=", c->DebugString(*packed));
     depth = c->MakeDim(values / heads);
   }
-  *output = c->MakeShape({c->Dim(*packed, 0), c->Dim(*packed, 1), c->MakeDim(heads), depth});
-  *log_sum_exp = c->MakeShape({c->Dim(*packed, 0), c->MakeDim(heads), c->Dim(*packed, 1)});
+  DimensionHandle batch = c->Dim(*packed, 0);
+  TF_RETURN_IF_ERROR(InferBatch(c, &batch));
+  TF_RETURN_IF_ERROR(c->ReplaceDim(*packed, 0, batch, packed));
+  *output = c->MakeShape({batch, c->Dim(*packed, 1), c->MakeDim(heads), depth});
+  *log_sum_exp = c->MakeShape({batch, c->MakeDim(heads), c->Dim(*packed, 1)});
   return absl::OkStatus();
 }
 
@@ -106,9 +135,9 @@ absl::Status PackedForwardShapes(InferenceContext* c) {
 absl::Status PackedGradientShapes(InferenceContext* c) {
   ShapeHandle packed, output, log_sum_exp;
   TF_RETURN_IF_ERROR(InferPackedShapes(c, &packed, &output, &log_sum_exp));
-  TF_RETURN_IF_ERROR(Agree(c, "output", c->input(2), output, &output));
-  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", c->input(3), log_sum_exp, &log_sum_exp));
-  TF_RETURN_IF_ERROR(Agree(c, "output_grad", c->input(4), output, &output));
+  TF_RETURN_IF_ERROR(Agree(c, "output", Named(c, "output"), output, &output));
+  TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", Named(c, "log_sum_exp"), log_sum_exp, &log_sum_exp));
+  TF_RETURN_IF_ERROR(Agree(c, "output_grad", Named(c, "output_grad"), output, &output));
   c->set_output(0, packed);
   return absl::OkStatus();
 }
@@ -119,14 +148,19 @@ REGISTER_OP("StfAttention")
     .Input("query: T")
     .Input("key: T")
     .Input("value: T")
-    .Input("lengths: int32")
+    .Input("lengths: num_lengths * int32")
+    .Input("layout_bits: num_layouts * uint8")
     .Output("output: T")
     .Output("log_sum_exp: float")
     .Attr("T: {float, bfloat16, half}")
     .Attr("components: list(int)")
     .Attr("program_begin: list(int)")
-    .Attr("layouts: string")
     .Attr("scale: float")
+    .Attr("num_lengths: int >= 0 = 1")
+    .Attr("num_layouts: int >= 0 = 0")
+    .Attr("constant_log_sum_exp: bool = false")
+    .Attr("format: int = 1")
+    .Attr("layouts: string = ''")
     .SetShapeFn(ForwardShapes)
     .Doc(R"doc(
 Scaled dot-product attention over the pairs of a sparse causal pattern.
@@ -134,32 +168,40 @@ Scaled dot-product attention over the pairs of a sparse causal pattern.
 query: [batch, position, head, key_depth].
 key: as query.
 value: [batch, position, head, value_depth].
-lengths: [batch] positions in use of each sequence, or [0]: all are.
+lengths: [batch] positions in use of each sequence, or none: all are.
+layout_bits: bits of the block layouts, least significant first; none where the pattern has none.
 output: [batch, position, head, value_depth]; 0 where a query attends to nothing.
 log_sum_exp: [batch, head, position], natural logarithm; -infinity where a query attends to nothing.
 components: records of six integers: kind, a, b, c, d, exclude (see stf_component).
 program_begin: from 0, never falling, to the number of records: head h runs records program_begin[p] ... program_begin[p + 1] - 1, p = h mod (size - 1).
-layouts: bits of the block layouts, least significant first.
 scale: factor of the scores.
+constant_log_sum_exp: whether nothing is differentiated through log_sum_exp.
+format: of the attributes and inputs. 2: as here. 1: lengths are always there, [0] where all positions are in use.
+layouts: the block layouts of format 1, which are not read any more.
 )doc");
 
 REGISTER_OP("StfAttentionGrad")
     .Input("query: T")
     .Input("key: T")
     .Input("value: T")
-    .Input("lengths: int32")
+    .Input("lengths: num_lengths * int32")
+    .Input("layout_bits: num_layouts * uint8")
     .Input("output: T")
     .Input("log_sum_exp: float")
     .Input("output_grad: T")
-    .Input("log_sum_exp_grad: float")
+    .Input("log_sum_exp_grad: num_log_sum_exp_grads * float")
     .Output("query_grad: T")
     .Output("key_grad: T")
     .Output("value_grad: T")
     .Attr("T: {float, bfloat16, half}")
     .Attr("components: list(int)")
     .Attr("program_begin: list(int)")
-    .Attr("layouts: string")
     .Attr("scale: float")
+    .Attr("num_lengths: int >= 0 = 1")
+    .Attr("num_layouts: int >= 0 = 0")
+    .Attr("num_log_sum_exp_grads: int >= 0 = 1")
+    .Attr("format: int = 1")
+    .Attr("layouts: string = ''")
     .SetShapeFn(GradientShapes)
     .Doc(R"doc(
 Gradients of StfAttention. Deterministic.
@@ -167,7 +209,7 @@ Gradients of StfAttention. Deterministic.
 output: of StfAttention.
 log_sum_exp: of StfAttention.
 output_grad: gradient with respect to output.
-log_sum_exp_grad: gradient with respect to log_sum_exp.
+log_sum_exp_grad: gradient with respect to log_sum_exp, or none: it is 0.
 query_grad: gradient with respect to query.
 key_grad: gradient with respect to key.
 value_grad: gradient with respect to value.
@@ -175,7 +217,8 @@ value_grad: gradient with respect to value.
 
 REGISTER_OP("StfPackedAttention")
     .Input("query_key_value: T")
-    .Input("lengths: int32")
+    .Input("lengths: num_lengths * int32")
+    .Input("layout_bits: num_layouts * uint8")
     .Output("output: T")
     .Output("log_sum_exp: float")
     .Attr("T: {float, bfloat16, half}")
@@ -183,8 +226,11 @@ REGISTER_OP("StfPackedAttention")
     .Attr("key_depth: int >= 1")
     .Attr("components: list(int)")
     .Attr("program_begin: list(int)")
-    .Attr("layouts: string")
     .Attr("scale: float")
+    .Attr("num_lengths: int >= 0 = 1")
+    .Attr("num_layouts: int >= 0 = 0")
+    .Attr("format: int = 1")
+    .Attr("layouts: string = ''")
     .SetShapeFn(PackedForwardShapes)
     .Doc(R"doc(
 StfAttention of what one matrix product gave, which needs not be taken apart.
@@ -194,7 +240,8 @@ query_key_value: [batch, position, num_heads * (2 key_depth + value_depth)]: que
 
 REGISTER_OP("StfPackedAttentionGrad")
     .Input("query_key_value: T")
-    .Input("lengths: int32")
+    .Input("lengths: num_lengths * int32")
+    .Input("layout_bits: num_layouts * uint8")
     .Input("output: T")
     .Input("log_sum_exp: float")
     .Input("output_grad: T")
@@ -204,8 +251,11 @@ REGISTER_OP("StfPackedAttentionGrad")
     .Attr("key_depth: int >= 1")
     .Attr("components: list(int)")
     .Attr("program_begin: list(int)")
-    .Attr("layouts: string")
     .Attr("scale: float")
+    .Attr("num_lengths: int >= 0 = 1")
+    .Attr("num_layouts: int >= 0 = 0")
+    .Attr("format: int = 1")
+    .Attr("layouts: string = ''")
     .SetShapeFn(PackedGradientShapes)
     .Doc(R"doc(
 Gradient of StfPackedAttention. Deterministic.

@@ -1,5 +1,5 @@
 // The op under XLA on the CPU.
-#include "custom_ops/tensorflow/attention_xla.h"
+#include "custom_ops/tensorflow/attention/xla.h"
 
 namespace stf {
 namespace {

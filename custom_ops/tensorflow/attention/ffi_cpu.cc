@@ -1,7 +1,7 @@
 // Handlers of the op's custom calls on the CPU.
 #include "custom_ops/attention/cpu/attention.h"
-#include "custom_ops/tensorflow/attention_ffi.h"
-#include "custom_ops/tensorflow/workers.h"
+#include "custom_ops/tensorflow/attention/ffi.h"
+#include "custom_ops/tensorflow/attention/workers.h"
 
 namespace stf {
 namespace {
@@ -29,7 +29,7 @@ ffi::Error Gradient(ffi::ThreadPool pool, AnyBuffer query, AnyBuffer key, AnyBuf
   const stf_tensor grads[] = {Strided(*query_grad), Strided(*key_grad), Strided(*value_grad)};
   const Workers workers(&pool, pool.num_threads());
   return Launched(stf_attention_cpu_backward(&problem, &q, &k, &v, &out, log_sum_exp.typed_data<float>(), &grad,
-                                             log_sum_exp_grad.typed_data<float>(), &grads[0], &grads[1], &grads[2], workers.get()));
+                                             DataOrNull<float>(log_sum_exp_grad), &grads[0], &grads[1], &grads[2], workers.get()));
 }
 
 ffi::Error PackedForward(ffi::ThreadPool pool, AnyBuffer packed, AnyBuffer lengths, AnyBuffer layouts, Result output, Result log_sum_exp,

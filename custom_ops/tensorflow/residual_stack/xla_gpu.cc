@@ -1,15 +1,16 @@
-// The stack op and its gradient under XLA on the GPU: lowered to typed custom calls, whose handlers are in residual_stack_ffi_gpu.cc.
-#include "custom_ops/tensorflow/call_attributes.h"
-#include "custom_ops/tensorflow/residual_stack_attributes.h"
+// The stack op and its gradient under XLA on the GPU: lowered to typed custom calls, whose handlers are in ffi_gpu.cc.
+#include "custom_ops/tensorflow/custom_call_attributes.h"
+#include "custom_ops/tensorflow/residual_stack/attributes.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/layout_util.h"
+#include "xla/literal.h"
 #include "xla/shape_util.h"
 
 namespace stf {
 namespace {
 
-// Operands: as the op's inputs, then the layouts. Results: as its outputs, then the workspace.
+// Operands: as the op's inputs, with layout_bits of no byte where there are none. Results: as its outputs, then the workspace.
 template <bool kGradient>
 class StackXla : public tensorflow::XlaOpKernel {
  public:
@@ -29,18 +30,20 @@ class StackXla : public tensorflow::XlaOpKernel {
       operand_shapes.push_back(*shape);
       if (i >= kWeights && i < kWeights + kStackWeights) weights.push_back(context->InputShape(i));
     }
+    tensorflow::TensorShape layout_bits({0});
+    if (context->num_inputs() > kWeights + kStackWeights + 1) {
+      layout_bits = context->InputShape(kWeights + kStackWeights + 1);
+    } else {
+      operand_shapes.push_back(xla::ShapeUtil::MakeShape(xla::U8, {0}));
+      operands.push_back(xla::ConstantLiteral(context->builder(), xla::Literal(operand_shapes.back())));
+    }
     OP_REQUIRES_OK(context, CheckShape("seed", context->InputShape(kWeights + kStackWeights), {2}));
     const xla::PrimitiveType type = operand_shapes[kStream].element_type();
     StackOptions options;
-    OP_REQUIRES_OK(context,
-                   attributes_.Describe(context->InputShape(kStream), weights, type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16, &options));
+    OP_REQUIRES_OK(context, attributes_.Describe(context->InputShape(kStream), weights, layout_bits,
+                                                 type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16, &options));
     const Stack stack(options, nullptr, nullptr);
     if (kGradient) OP_REQUIRES_OK(context, StackAttributes::CheckGradient(stack, context->InputShape(0), context->InputShape(1)));
-
-    const std::string& bits = attributes_.program.layouts;
-    const absl::Span<const uint8_t> layouts(reinterpret_cast<const uint8_t*>(bits.data()), bits.size());
-    operands.push_back(xla::ConstantR1<uint8_t>(context->builder(), layouts));
-    operand_shapes.push_back(xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(bits.size())}));
 
     std::vector<xla::Shape> results;
     size_t workspace;
@@ -55,7 +58,7 @@ class StackXla : public tensorflow::XlaOpKernel {
     results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(workspace)}));
     for (xla::Shape& shape : operand_shapes) xla::LayoutUtil::SetToDefaultLayout(&shape);
     for (xla::Shape& shape : results) xla::LayoutUtil::SetToDefaultLayout(&shape);
-    const std::string written = CallAttributes()
+    const std::string written = CustomCallAttributes()
                                     .Add(attributes_.program)
                                     .Add("first_program", attributes_.first_program)
                                     .Add("keep", attributes_.keep)

@@ -1,6 +1,6 @@
 // Query, key and value that lie side by side, as the strided tensors that kernels take.
-#ifndef STF_CUSTOM_OPS_TENSORFLOW_PACKED_TENSORS_H_
-#define STF_CUSTOM_OPS_TENSORFLOW_PACKED_TENSORS_H_
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_PACKED_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_PACKED_H_
 
 #include "custom_ops/attention/problem.h"
 
@@ -17,4 +17,4 @@ inline void Unpack(const stf_problem& problem, void* data, int64_t bytes, stf_te
 
 }  // namespace stf
 
-#endif  // STF_CUSTOM_OPS_TENSORFLOW_PACKED_TENSORS_H_
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_PACKED_H_

@@ -1,0 +1,237 @@
+// What the attention op's kernels share on every device: reading the inputs as the problem that kernels take, with every check that needs
+// no look at device memory.
+#ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_KERNEL_H_
+#define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_KERNEL_H_
+
+#include <utility>
+#include <vector>
+
+#include "custom_ops/attention/problem.h"
+#include "custom_ops/tensorflow/attention/attributes.h"
+#include "custom_ops/tensorflow/attention/packed.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/platform/errors.h"
+
+namespace stf {
+
+template <typename T>
+inline constexpr int32_t kDtype = STF_FLOAT32;
+template <>
+inline constexpr int32_t kDtype<tensorflow::bfloat16> = STF_BFLOAT16;
+template <>
+inline constexpr int32_t kDtype<Eigen::half> = STF_FLOAT16;
+
+inline absl::Status CheckShape(const char* name, const tensorflow::TensorShape& shape, const tensorflow::TensorShape& wanted) {
+  if (shape == wanted) return absl::OkStatus();
+  return tensorflow::errors::InvalidArgument(name, " must have shape ", wanted.DebugString(), ". Received: ", name, "=",
+                                             shape.DebugString());
+}
+
+// The packed ops take query, key and value side by side in the last axis of one tensor.
+struct Packing {
+  int64_t heads = 0, key_depth = 0;  // 0: not packed
+
+  absl::Status Init(tensorflow::OpKernelConstruction* context) {
+    TF_RETURN_IF_ERROR(context->GetAttr("num_heads", &heads));
+    return context->GetAttr("key_depth", &key_depth);
+  }
+
+  // The shapes of query and of value in a packed tensor of shape `packed`.
+  absl::Status Unpack(const tensorflow::TensorShape& packed, tensorflow::TensorShape* query, tensorflow::TensorShape* value) const {
+    using tensorflow::errors::InvalidArgument;
+    if (packed.dims() != 3)
+      return InvalidArgument("query_key_value must be [batch, position, width]. Received: query_key_value=", packed.DebugString());
+    const int64_t values = packed.dim_size(2) - 2 * heads * key_depth;
+    if (values < heads || values % heads != 0)
+      return InvalidArgument("query_key_value must have a width of num_heads * (2 key_depth + value_depth) with num_heads=", heads,
+                             " and key_depth=", key_depth, ". Received: query_key_value=", packed.DebugString());
+    *query = tensorflow::TensorShape({packed.dim_size(0), packed.dim_size(1), heads, key_depth});
+    *value = *query;
+    value->set_dim(3, values / heads);
+    return absl::OkStatus();
+  }
+};
+
+// What a node of the op, or of its gradient, says of all its calls: the attributes, and which inputs there are.
+class AttentionNode {
+ public:
+  static constexpr int kNone = -1;
+
+  absl::Status Init(tensorflow::OpKernelConstruction* context, bool packed) {
+    TF_RETURN_IF_ERROR(program_.Init(context));
+    if (packed) TF_RETURN_IF_ERROR(packing_.Init(context));
+    int next = packed ? 1 : 3;
+    TF_RETURN_IF_ERROR(FindOptional(context, "num_lengths", &next, &lengths_));
+    TF_RETURN_IF_ERROR(FindOptional(context, "num_layouts", &next, &layout_bits_));
+    if (next == context->num_inputs()) return absl::OkStatus();
+    output_ = next;
+    next += 3;
+    return packed ? absl::OkStatus() : FindOptional(context, "num_log_sum_exp_grads", &next, &log_sum_exp_grad_);
+  }
+
+  const Program& program() const { return program_; }
+  const Packing& packing() const { return packing_; }
+
+  // Places among the inputs; kNone where there is none. Query, key and value come first, or one that is packed.
+  int lengths() const { return lengths_; }
+  int layout_bits() const { return layout_bits_; }
+  int output() const { return output_; }
+  int log_sum_exp() const { return output_ + 1; }
+  int output_grad() const { return output_ + 2; }
+  int log_sum_exp_grad() const { return log_sum_exp_grad_; }
+
+  // The problem that inputs of these shapes describe, every shape checked. It points into this node; its lengths and layouts are left
+  // null.
+  absl::Status Describe(const std::vector<tensorflow::TensorShape>& inputs, int32_t dtype, stf_problem* problem) const {
+    using tensorflow::TensorShape;
+    using tensorflow::errors::InvalidArgument;
+    TensorShape query, value;
+    if (packing_.heads) {
+      TF_RETURN_IF_ERROR(packing_.Unpack(inputs[0], &query, &value));
+    } else {
+      const char* names[] = {"query", "key", "value"};
+      for (int i = 0; i < 3; i++) {
+        if (inputs[i].dims() != 4)
+          return InvalidArgument(names[i], " must be [batch, position, head, depth]. Received: ", names[i], "=", inputs[i].DebugString());
+      }
+      query = value = inputs[0];
+      value.set_dim(3, inputs[2].dim_size(3));
+      TF_RETURN_IF_ERROR(CheckShape("key", inputs[1], query));
+      TF_RETURN_IF_ERROR(CheckShape("value", inputs[2], value));
+    }
+    const int64_t batch = query.dim_size(0), positions = query.dim_size(1), heads = query.dim_size(2);
+    if (lengths_ != kNone && inputs[lengths_] != TensorShape({0})) TF_RETURN_IF_ERROR(CheckShape("lengths", inputs[lengths_], {batch}));
+    if (layout_bits_ != kNone && inputs[layout_bits_].dims() != 1)
+      return InvalidArgument("layout_bits must be [bytes]. Received: layout_bits=", inputs[layout_bits_].DebugString());
+    TF_RETURN_IF_ERROR(program_.CheckLayouts(layout_bits_ == kNone ? 0 : inputs[layout_bits_].dim_size(0), positions));
+    if (heads > 0 && program_.begin.size() < 2)
+      return InvalidArgument("program_begin must describe a head's components. Received: none for ", heads, " heads");
+    const TensorShape statistic({batch, heads, positions});
+    if (output_ != kNone) {
+      TF_RETURN_IF_ERROR(CheckShape("output", inputs[output()], value));
+      TF_RETURN_IF_ERROR(CheckShape("log_sum_exp", inputs[log_sum_exp()], statistic));
+      TF_RETURN_IF_ERROR(CheckShape("output_grad", inputs[output_grad()], value));
+    }
+    if (log_sum_exp_grad_ != kNone) TF_RETURN_IF_ERROR(CheckShape("log_sum_exp_grad", inputs[log_sum_exp_grad_], statistic));
+    *problem = {batch,
+                positions,
+                heads,
+                query.dim_size(3),
+                value.dim_size(3),
+                dtype,
+                program_.scale,
+                static_cast<int32_t>(program_.begin.size()) - 1,
+                program_.begin.data(),
+                program_.components.data(),
+                nullptr,
+                nullptr};
+    return absl::OkStatus();
+  }
+
+ private:
+  // `place` of a list input of one or none, which attribute `count` says, and the `next` input behind it.
+  static absl::Status FindOptional(tensorflow::OpKernelConstruction* context, const char* count, int* next, int* place) {
+    int64_t given;
+    TF_RETURN_IF_ERROR(context->GetAttr(count, &given));
+    if (given > 1) return tensorflow::errors::InvalidArgument(count, " must be 0 or 1. Received: ", count, "=", given);
+    if (given == 1) *place = (*next)++;
+    return absl::OkStatus();
+  }
+
+  Program program_;
+  Packing packing_;
+  int lengths_ = kNone, layout_bits_ = kNone, output_ = kNone, log_sum_exp_grad_ = kNone;
+};
+
+// What the CUDA kernels take.
+inline absl::Status CheckForGpu(const stf_problem& problem) {
+  using tensorflow::errors::InvalidArgument;
+  constexpr int64_t kMostDepth = 256, kMostPositions = int64_t{1} << 30;
+  const std::pair<const char*, int64_t> depths[] = {{"query", problem.key_depth}, {"value", problem.value_depth}};
+  for (const auto& [name, depth] : depths) {
+    if (depth < 1 || depth > kMostDepth)
+      return InvalidArgument(name, " must have a depth from 1 to ", kMostDepth, " on the GPU. Received: ", name, " of depth ", depth);
+  }
+  const std::pair<const char*, int64_t> sizes[] = {{"batch", problem.batch}, {"positions", problem.positions}, {"heads", problem.heads}};
+  for (const auto& [name, size] : sizes) {
+    if (size >= kMostPositions)
+      return InvalidArgument("query must have fewer than ", kMostPositions, " ", name, " on the GPU. Received: ", size);
+  }
+  return absl::OkStatus();
+}
+
+inline stf_tensor Strided(const tensorflow::Tensor& tensor) {
+  const int64_t positions = tensor.dim_size(1), heads = tensor.dim_size(2), depth = tensor.dim_size(3);
+  return {const_cast<char*>(tensor.tensor_data().data()), positions * heads * depth, heads * depth, depth};
+}
+
+// What the op's kernels on CPU and GPU have in common.
+template <typename T, bool kPacked>
+class AttentionBase : public tensorflow::OpKernel {
+ public:
+  explicit AttentionBase(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, node_.Init(context, kPacked));
+  }
+
+ protected:
+  // The problem that the inputs describe, all of them checked. It points into them (their numbers are not looked at) and into this kernel.
+  absl::Status Read(tensorflow::OpKernelContext* context, stf_problem* problem) const {
+    std::vector<tensorflow::TensorShape> shapes;
+    for (int i = 0; i < context->num_inputs(); i++) shapes.push_back(context->input(i).shape());
+    TF_RETURN_IF_ERROR(node_.Describe(shapes, kDtype<T>, problem));
+    problem->lengths = Data<int32_t>(context, node_.lengths());
+    problem->layouts = Data<uint8_t>(context, node_.layout_bits());
+    return absl::OkStatus();
+  }
+
+  // Query, key and value.
+  void Inputs(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor tensors[3]) const {
+    if (kPacked) return Unpack(problem, const_cast<char*>(context->input(0).tensor_data().data()), sizeof(T), tensors);
+    for (int i = 0; i < 3; i++) tensors[i] = Strided(context->input(i));
+  }
+
+  // Their gradients, allocated as the inputs are.
+  absl::Status Gradients(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor tensors[3]) const {
+    for (int i = 0; i < (kPacked ? 1 : 3); i++) {
+      tensorflow::Tensor* grad;
+      TF_RETURN_IF_ERROR(context->allocate_output(i, context->input(i).shape(), &grad));
+      if (kPacked) {
+        Unpack(problem, const_cast<char*>(grad->tensor_data().data()), sizeof(T), tensors);
+      } else {
+        tensors[i] = Strided(*grad);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // Output [batch, position, head, depth] and log-sum-exp.
+  absl::Status Outputs(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor* output, float** log_sum_exp) const {
+    tensorflow::Tensor *out, *statistic;
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(0, tensorflow::TensorShape({problem.batch, problem.positions, problem.heads, problem.value_depth}), &out));
+    TF_RETURN_IF_ERROR(context->allocate_output(1, tensorflow::TensorShape({problem.batch, problem.heads, problem.positions}), &statistic));
+    *output = Strided(*out);
+    *log_sum_exp = statistic->flat<float>().data();
+    return absl::OkStatus();
+  }
+
+  // The gradient op's further inputs. The last is null where nothing is differentiated through the log-sum-exp.
+  stf_tensor Output(tensorflow::OpKernelContext* context) const { return Strided(context->input(node_.output())); }
+  const float* LogSumExp(tensorflow::OpKernelContext* context) const { return Data<float>(context, node_.log_sum_exp()); }
+  stf_tensor OutputGrad(tensorflow::OpKernelContext* context) const { return Strided(context->input(node_.output_grad())); }
+  const float* LogSumExpGrad(tensorflow::OpKernelContext* context) const { return Data<float>(context, node_.log_sum_exp_grad()); }
+
+ private:
+  // An input's elements, or null where there is no such input or none in it.
+  template <typename Element>
+  static const Element* Data(tensorflow::OpKernelContext* context, int input) {
+    if (input == AttentionNode::kNone || context->input(input).NumElements() == 0) return nullptr;
+    return context->input(input).template flat<Element>().data();
+  }
+
+  AttentionNode node_;
+};
+
+}  // namespace stf
+
+#endif  // STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_KERNEL_H_
