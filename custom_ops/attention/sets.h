@@ -42,11 +42,11 @@ struct Interval {
   Index low, high;  // low <= x < high
 };
 
-// A sequence of queries: query m stands at position start + m * step; there are `count` of them.
+// A sequence of queries: query m stands at position start + m * stride; there are `count` of them.
 template <typename Index>
 struct View {
-  Index start, step, count;
-  STF_SETS Index Position(Index m) const { return start + m * step; }
+  Index start, stride, count;
+  STF_SETS Index Position(Index m) const { return start + m * stride; }
 };
 
 // What a record of components may do in a way of its own: the summary's block in which its column in use t lies, and where the bits of a

@@ -183,11 +183,11 @@ int stf_attention_cpu_backward(const stf_problem* problem, const stf_tensor* que
                       *query_grad, *key_grad,    *value_grad};
     Memory<float> query_sum, key_sum, value_sum;
     if (p.dtype != STF_FLOAT32) {
-      const bool groups = schedule.phases().size() > 1, shared = groups || !schedule.whole_only();
-      if (groups) query_sum = Allocate<float>(Rows(p) * p.key_depth * sizeof(float));
+      const bool several = schedule.phases().size() > 1, shared = several || !schedule.whole_only();
+      if (several) query_sum = Allocate<float>(Rows(p) * p.key_depth * sizeof(float));
       if (shared) key_sum = Allocate<float>(Rows(p) * p.key_depth * sizeof(float));
       if (shared) value_sum = Allocate<float>(Rows(p) * p.value_depth * sizeof(float));
-      if ((groups && !query_sum) || (shared && (!key_sum || !value_sum))) return 1;
+      if ((several && !query_sum) || (shared && (!key_sum || !value_sum))) return 1;
       args.query_sum = Contiguous(p, query_sum.get(), p.key_depth);
       args.key_sum = Contiguous(p, key_sum.get(), p.key_depth);
       args.value_sum = Contiguous(p, value_sum.get(), p.value_depth);

@@ -45,13 +45,13 @@ struct BackwardScratch {
   }
 };
 
-// A finished row of a gradient: into its float32 sum where there is one (the first group's write, the others add), else straight out.
+// A finished row of a gradient: into its float32 sum where there is one (the first pass' write, the others add), else straight out.
 inline void WriteGradient(const Arguments& args, const Item& item, const stf_tensor& sum, const stf_tensor& grad, int64_t position,
                           int64_t depth, const float* row) {
   const int32_t dtype = sum.data ? static_cast<int32_t>(STF_FLOAT32) : args.problem->dtype;
   char* to = Element(sum.data ? sum : grad, dtype, item.batch, position, item.head);
   if (item.whole) PrefetchNext(to, depth * ElementSize(dtype));
-  if (item.group->first) {
+  if (item.pass->first) {
     WriteRow(row, dtype, depth, to);
   } else {
     AddRow(row, depth, reinterpret_cast<float*>(to));
@@ -124,7 +124,8 @@ inline void BackwardSegment(const stf_problem& p, int lanes, const Segment& segm
   SoftmaxGradient(mask, lanes, p.scale, s.log_sum_exp, s.delta, s.scores, s.score_grads);
   for (int i = 0; i < mask.strip_count; i++) {
     const Strip& strip = mask.strips[i];
-    const int64_t lane = strip.group_begin * kGroup, lane_end = Least(strip.group_end * kGroup, lanes), count = strip.end - strip.begin;
+    const int64_t lane = strip.granule_begin * kGranule, lane_end = Least(strip.granule_end * kGranule, lanes),
+                  count = strip.end - strip.begin;
     const float* weights = s.scores + strip.begin * kLanes + lane;
     const float* score_grads = s.score_grads + strip.begin * kLanes + lane;
     const int64_t t = (whole ? segment.begin : 0) + strip.begin;
@@ -147,11 +148,11 @@ inline void BackwardTile(const Arguments& args, const Item& item, const View& vi
   ReadStatistics(args, item, view, first, lanes, s);
   Fill(s.query_grad, lanes * key_row, 0);
 
-  Walk walk(p, *item.group, view, first, first + lanes - 1);
+  Walk walk(p, *item.pass, view, first, first + lanes - 1);
   Segment segment;
   SegmentMask mask;
   while (walk.Next(&segment)) {
-    FindMask(p, *item.group, view, first, lanes, segment, &mask);
+    FindMask(p, *item.pass, view, first, lanes, segment, &mask);
     if (mask.strip_count > 0) {
       BackwardSegment(p, lanes, segment, mask, s.keys.Get(args, item, view, segment), item.whole, s);
       if (!item.whole) AddKeyGradients(args, item, view, tile, segment, mask, s);
@@ -177,17 +178,17 @@ inline void BackwardItem(const Arguments& args, const Item& item, char* memory) 
   const View view = ViewOf(args, item);
   const BackwardScratch scratch(p, memory, item.whole);
   if (item.whole) {
-    scratch.keys.Read(args, item, item.group->program[item.group->members[0]], view, 0, view.count);
+    scratch.keys.Read(args, item, item.pass->program[item.pass->members[0]], view, 0, view.count);
     Fill(scratch.key_grad, view.count * Padded(p.key_depth), 0);
     Fill(scratch.value_grad, view.count * Padded(p.value_depth), 0);
   }
   for (int64_t tile = item.tile_begin; tile < item.tile_end; tile++) {
     const int64_t first = tile * kLanes, end = Least(first + kLanes, Queries(args, item));
     const int64_t used = Most(first, Least(end, view.count));
-    if (item.group->first) {
+    if (item.pass->first) {
       // Key rows at the tile's own positions: no earlier tile reaches them (j <= i), and later ones wait for this one.
       for (int64_t m = item.whole ? used : first; m < end; m++) {
-        const int64_t position = item.sequence + m * item.group->stride;
+        const int64_t position = item.sequence + m * item.pass->stride;
         ClearGradient(args, item, args.key_sum, args.key_grad, position, p.key_depth);
         ClearGradient(args, item, args.value_sum, args.value_grad, position, p.value_depth);
         if (m >= used) ClearGradient(args, item, args.query_sum, args.query_grad, position, p.key_depth);

@@ -36,7 +36,7 @@ struct ForwardScratch {
 inline void ForwardUnused(const Arguments& args, const Item& item, int64_t begin, int64_t end) {
   const stf_problem& p = *args.problem;
   for (int64_t m = begin; m < end; m++) {
-    const int64_t position = item.sequence + m * item.group->stride;
+    const int64_t position = item.sequence + m * item.pass->stride;
     __builtin_memset(Element(args.output, p.dtype, item.batch, position, item.head), 0, p.value_depth * ElementSize(p.dtype));
     args.log_sum_exp[(item.batch * p.heads + item.head) * p.positions + position] = -__builtin_inff();
   }
@@ -51,11 +51,11 @@ inline void ReadQueries(const Arguments& args, const Item& item, const View& vie
     if (item.whole) PrefetchNext(from, depth * ElementSize(dtype));
     ReadRow(from, dtype, depth, rows + lane * row);
   }
-  const int64_t read = (lanes + kGroup - 1) / kGroup * kGroup;
+  const int64_t read = (lanes + kGranule - 1) / kGranule * kGranule;
   Fill(rows + lanes * row, (read - lanes) * row, 0);
 }
 
-// Where an earlier group of the head left off: its output and log-sum-exp are a state of the online softmax.
+// Where an earlier pass of the head left off: its output and log-sum-exp are a state of the online softmax.
 inline void Continue(const Arguments& args, const Item& item, const View& view, int64_t first, int lanes, float* output,
                      SoftmaxState* state) {
   const stf_problem& p = *args.problem;
@@ -73,7 +73,7 @@ inline void WriteOutput(const Arguments& args, const Item& item, const View& vie
                         const SoftmaxState& state) {
   const stf_problem& p = *args.problem;
   const int64_t row = Padded(p.value_depth);
-  const bool partial = !item.group->last && args.partial.data;
+  const bool partial = !item.pass->last && args.partial.data;
   const stf_tensor& to = partial ? args.partial : args.output;
   const int32_t dtype = partial ? static_cast<int32_t>(STF_FLOAT32) : p.dtype;
   for (int lane = 0; lane < lanes; lane++) {
@@ -98,16 +98,16 @@ inline void ForwardTile(const Arguments& args, const Item& item, const View& vie
 
   SoftmaxState state;
   state.Clear();
-  if (item.group->first) {
+  if (item.pass->first) {
     Fill(s.output, lanes * value_row, 0);
   } else {
     Continue(args, item, view, first, lanes, s.output, &state);
   }
-  Walk walk(p, *item.group, view, first, first + lanes - 1);
+  Walk walk(p, *item.pass, view, first, first + lanes - 1);
   Segment segment;
   SegmentMask mask;
   while (walk.Next(&segment)) {
-    FindMask(p, *item.group, view, first, lanes, segment, &mask);
+    FindMask(p, *item.pass, view, first, lanes, segment, &mask);
     if (mask.strip_count == 0) continue;
     const Keys keys = s.keys.Get(args, item, view, segment);
     Scores(mask, keys.key, keys.key_row, p.key_depth, s.query, s.scores);
@@ -120,7 +120,7 @@ inline void ForwardTile(const Arguments& args, const Item& item, const View& vie
     }
     for (int i = 0; i < mask.strip_count; i++) {
       const Strip& strip = mask.strips[i];
-      const int64_t lane = strip.group_begin * kGroup, lane_end = Least(strip.group_end * kGroup, lanes);
+      const int64_t lane = strip.granule_begin * kGranule, lane_end = Least(strip.granule_end * kGranule, lanes);
       Gemm(lane_end - lane, value_row, strip.end - strip.begin, Left{s.scores + strip.begin * kLanes + lane, 1, kLanes},
            keys.value + strip.begin * keys.value_row, keys.value_row, s.output + lane * value_row, value_row, true);
     }
@@ -131,12 +131,12 @@ inline void ForwardTile(const Arguments& args, const Item& item, const View& vie
 inline void ForwardItem(const Arguments& args, const Item& item, char* memory) {
   const View view = ViewOf(args, item);
   const ForwardScratch scratch(*args.problem, memory, item.whole);
-  if (item.whole) scratch.keys.Read(args, item, item.group->program[item.group->members[0]], view, 0, view.count);
+  if (item.whole) scratch.keys.Read(args, item, item.pass->program[item.pass->members[0]], view, 0, view.count);
   for (int64_t tile = item.tile_begin; tile < item.tile_end; tile++) {
     const int64_t first = tile * kLanes, end = Least(first + kLanes, Queries(args, item));
     const int64_t used = Most(first, Least(end, view.count));
     if (used > first) ForwardTile(args, item, view, first, static_cast<int>(used - first), scratch);
-    if (item.group->first) ForwardUnused(args, item, used, end);
+    if (item.pass->first) ForwardUnused(args, item, used, end);
   }
 }
 

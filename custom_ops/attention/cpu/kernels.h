@@ -10,18 +10,18 @@
 namespace stf {
 namespace cpu {
 
-constexpr int kLanes = 64;  // queries in a tile: the lanes of the score tile's rows
-constexpr int kKeys = 64;   // keys in a segment: the score tile's rows, at the most
-constexpr int kGroup = 16;  // granularity, in lanes and in keys, at which masked-out work is left out
+constexpr int kLanes = 64;    // queries in a tile: the lanes of the score tile's rows
+constexpr int kKeys = 64;     // keys in a segment: the score tile's rows, at the most
+constexpr int kGranule = 16;  // granularity, in lanes and in keys, at which masked-out work is left out
 
 // Components of one head that share their queries' sequences, so that one online softmax serves them all: either every component that
 // runs over plain positions, or a single strided one.
-struct Group {
+struct Pass {
   const stf_component* program;  // the head's first component: what `exclude` bits count from
   const int32_t* members;        // indices into `program`
   int count;
   int64_t stride;  // query m of sequence r stands at position r + m * stride
-  bool first;      // the head's first group: it writes where later ones add
+  bool first;      // the head's first pass: it writes where later ones add
   bool last;
 };
 
@@ -29,7 +29,7 @@ struct Group {
 struct Item {
   int64_t batch, head, sequence;
   int64_t tile_begin, tile_end;
-  const Group* group;
+  const Pass* pass;
   bool whole;  // the whole sequence: keys and their gradients are kept in the worker's scratch
   // Backward, unless whole. For each tile of the sequence, the first key position that it may still add to; then, in one more element,
   // a number of tiles that are done from the first on.
@@ -42,7 +42,7 @@ struct Arguments {
   const stf_problem* problem;
   stf_tensor query, key, value, output;
   float* log_sum_exp;      // [B, H, T]
-  stf_tensor partial;      // float32: the output between a head's groups; `output` itself where that is float32
+  stf_tensor partial;      // float32: the output between a head's passes; `output` itself where that is float32
   stf_tensor output_grad;  // from here on: backward
   const float* log_sum_exp_grad;
   stf_tensor query_grad, key_grad, value_grad;

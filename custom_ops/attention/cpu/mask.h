@@ -77,28 +77,28 @@ inline Segment Take(const stf_problem& problem, int64_t first, int64_t last, Cur
   return segment;
 }
 
-// Keys [begin, end) of a segment by lane groups [group_begin, group_end): what a matrix product computes at once.
+// Keys [begin, end) of a segment by granules of lanes [granule_begin, granule_end): what a matrix product computes at once.
 struct Strip {
-  int begin, end, group_begin, group_end;
+  int begin, end, granule_begin, granule_end;
 };
 
 struct SegmentMask {
-  Strip strips[kKeys / kGroup];
+  Strip strips[kKeys / kGranule];
   int strip_count;
-  bool cut[kKeys / kGroup];           // whether the 16 keys need the mask
+  bool cut[kKeys / kGranule];         // whether the 16 keys need the mask
   int32_t low[kLanes], high[kLanes];  // each lane's interval, counted from the segment's begin
   bool excludes;                      // whether `left_out` matters
   uint64_t left_out[kKeys];           // a bit for each lane: pairs of an earlier component
 };
 
-inline void FindExcluded(const stf_problem& problem, const Group& group, const View& view, int64_t first, int lanes, const Segment& segment,
+inline void FindExcluded(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int lanes, const Segment& segment,
                          SegmentMask* mask) {
   const stf_component& c = *segment.component;
   mask->excludes = false;
   const int64_t i0 = view.Position(first), i1 = view.Position(first + lanes - 1);
   const int64_t j0 = KeyPosition(c, view, segment.begin), j1 = KeyPosition(c, view, segment.begin + segment.count - 1);
   for (int e = 0; e < 63 && (c.exclude >> e) != 0; e++) {
-    if (!((c.exclude >> e) & 1) || !MayCover(group.program[e], i0, i1, j0, j1)) continue;
+    if (!((c.exclude >> e) & 1) || !MayCover(pass.program[e], i0, i1, j0, j1)) continue;
     if (!mask->excludes) {
       for (int t = 0; t < kKeys; t++) mask->left_out[t] = 0;
     }
@@ -107,31 +107,31 @@ inline void FindExcluded(const stf_problem& problem, const Group& group, const V
       const int64_t j = KeyPosition(c, view, segment.begin + t);
       for (int lane = 0; lane < lanes; lane++) {
         const int64_t i = view.Position(first + lane);
-        if (j <= i && Covers(problem.layouts, group.program[e], i, j)) mask->left_out[t] |= uint64_t{1} << lane;
+        if (j <= i && Covers(problem.layouts, pass.program[e], i, j)) mask->left_out[t] |= uint64_t{1} << lane;
       }
     }
   }
 }
 
 // The mask of queries first ... first + lanes - 1 in a segment. Lanes past the last repeat it, so that they never widen anything.
-inline void FindMask(const stf_problem& problem, const Group& group, const View& view, int64_t first, int lanes, const Segment& segment,
+inline void FindMask(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int lanes, const Segment& segment,
                      SegmentMask* mask) {
   const stf_component& c = *segment.component;
   const int64_t last = first + lanes - 1;
-  const int groups = (lanes + kGroup - 1) / kGroup, blocks = (segment.count + kGroup - 1) / kGroup;
+  const int granules = (lanes + kGranule - 1) / kGranule, blocks = (segment.count + kGranule - 1) / kGranule;
   if (c.exclude != 0) {
-    FindExcluded(problem, group, view, first, lanes, segment, mask);
+    FindExcluded(problem, pass, view, first, lanes, segment, mask);
   } else {
     mask->excludes = false;
   }
   if (c.kind != STF_BLOCKS && !mask->excludes && KeysOf(c, last).low <= segment.begin &&
       KeysOf(c, first).high >= segment.begin + segment.count) {
-    mask->strips[0] = {0, segment.count, 0, groups};
+    mask->strips[0] = {0, segment.count, 0, granules};
     mask->strip_count = 1;
     for (int b = 0; b < blocks; b++) mask->cut[b] = false;
     return;
   }
-  for (int lane = 0; lane < groups * kGroup; lane++) {
+  for (int lane = 0; lane < granules * kGranule; lane++) {
     const int64_t m = first + (lane < lanes ? lane : lanes - 1);
     Interval keys = KeysOf(c, m);
     if (c.kind == STF_BLOCKS && !LayoutBit(problem.layouts, c, m / c.a, segment.begin / c.a)) keys.high = 0;
@@ -139,12 +139,12 @@ inline void FindMask(const stf_problem& problem, const Group& group, const View&
     mask->low[lane] = static_cast<int32_t>(Most(0, Least(high, keys.low - segment.begin)));
     mask->high[lane] = static_cast<int32_t>(high);
   }
-  int reach_low[kLanes / kGroup], reach_high[kLanes / kGroup];    // of any lane of the group
-  int common_low[kLanes / kGroup], common_high[kLanes / kGroup];  // of every lane
-  for (int g = 0; g < groups; g++) {
+  int reach_low[kLanes / kGranule], reach_high[kLanes / kGranule];    // of any lane of the granule
+  int common_low[kLanes / kGranule], common_high[kLanes / kGranule];  // of every lane
+  for (int g = 0; g < granules; g++) {
     reach_low[g] = common_high[g] = kKeys;
     reach_high[g] = common_low[g] = 0;
-    for (int lane = g * kGroup; lane < (g + 1) * kGroup; lane++) {
+    for (int lane = g * kGranule; lane < (g + 1) * kGranule; lane++) {
       const int low = mask->low[lane], high = mask->high[lane];
       common_low[g] = low > common_low[g] ? low : common_low[g];
       common_high[g] = high < common_high[g] ? high : common_high[g];
@@ -155,22 +155,22 @@ inline void FindMask(const stf_problem& problem, const Group& group, const View&
   }
   mask->strip_count = 0;
   for (int b = 0; b < blocks; b++) {
-    const int begin = b * kGroup, end = static_cast<int>(Least(begin + kGroup, segment.count));
-    int group_begin = groups, group_end = 0;
-    for (int g = 0; g < groups; g++) {
+    const int begin = b * kGranule, end = static_cast<int>(Least(begin + kGranule, segment.count));
+    int granule_begin = granules, granule_end = 0;
+    for (int g = 0; g < granules; g++) {
       if (reach_low[g] >= end || reach_high[g] <= begin) continue;
-      group_begin = g < group_begin ? g : group_begin;
-      group_end = g + 1;
+      granule_begin = g < granule_begin ? g : granule_begin;
+      granule_end = g + 1;
     }
-    if (group_begin >= group_end) continue;
+    if (granule_begin >= granule_end) continue;
     bool cut = mask->excludes;
-    for (int g = group_begin; g < group_end; g++) cut = cut || common_low[g] > begin || common_high[g] < end;
+    for (int g = granule_begin; g < granule_end; g++) cut = cut || common_low[g] > begin || common_high[g] < end;
     mask->cut[b] = cut;
     Strip* previous = mask->strip_count ? &mask->strips[mask->strip_count - 1] : nullptr;
-    if (previous && previous->end == begin && previous->group_begin == group_begin && previous->group_end == group_end) {
+    if (previous && previous->end == begin && previous->granule_begin == granule_begin && previous->granule_end == granule_end) {
       previous->end = end;
     } else {
-      mask->strips[mask->strip_count++] = {begin, end, group_begin, group_end};
+      mask->strips[mask->strip_count++] = {begin, end, granule_begin, granule_end};
     }
   }
 }

@@ -14,22 +14,23 @@ constexpr int64_t kFewestWhole = 32;
 }  // namespace
 
 Schedule::Schedule(const stf_problem& problem) : problem_(problem) {
-  members_.reserve(problem.program_begin[problem.programs] + problem.programs);  // groups keep pointers into it
+  members_.reserve(problem.program_begin[problem.programs] + problem.programs);  // passes keep pointers into it
   size_t depth = 0;
   for (int32_t p = 0; p < problem.programs; p++) {
     const stf_component* program = problem.components + problem.program_begin[p];
     const int32_t count = problem.program_begin[p + 1] - problem.program_begin[p];
-    const std::vector<ComponentPass> passes = PassesOf(program, count);
-    std::vector<Group> groups;
-    for (size_t g = 0; g < passes.size(); g++) {
+    const std::vector<ComponentPass> of_components = PassesOf(program, count);
+    std::vector<Pass> passes;
+    for (size_t i = 0; i < of_components.size(); i++) {
       std::vector<int32_t>& members = members_.emplace_back();
-      for (int32_t i = 0; i < count; i++) {
-        if (passes[g].members >> i & 1) members.push_back(i);
+      for (int32_t t = 0; t < count; t++) {
+        if (of_components[i].members >> t & 1) members.push_back(t);
       }
-      groups.push_back({program, members.data(), static_cast<int>(members.size()), passes[g].stride, g == 0, g + 1 == passes.size()});
+      passes.push_back(
+          {program, members.data(), static_cast<int>(members.size()), of_components[i].stride, i == 0, i + 1 == of_components.size()});
     }
-    depth = std::max(depth, groups.size());
-    programs_.push_back(std::move(groups));
+    depth = std::max(depth, passes.size());
+    programs_.push_back(std::move(passes));
   }
   for (size_t d = 0; d < depth; d++) AddPhase(d);
 }
@@ -38,21 +39,21 @@ void Schedule::AddPhase(size_t depth) {
   const stf_problem& p = problem_;
   Phase phase;
   for (int64_t head = 0; head < p.heads; head++) {
-    const std::vector<Group>& groups = programs_[head % p.programs];
-    if (depth >= groups.size()) continue;
-    const Group& group = groups[depth];
-    const bool strided = group.count > 0 && group.program[group.members[0]].kind == STF_STRIDED;
-    const int64_t sequences = std::min(group.stride, p.positions);
-    const int64_t length = (p.positions + group.stride - 1) / group.stride;
+    const std::vector<Pass>& passes = programs_[head % p.programs];
+    if (depth >= passes.size()) continue;
+    const Pass& pass = passes[depth];
+    const bool strided = pass.count > 0 && pass.program[pass.members[0]].kind == STF_STRIDED;
+    const int64_t sequences = std::min(pass.stride, p.positions);
+    const int64_t length = (p.positions + pass.stride - 1) / pass.stride;
     const bool whole = strided && length <= kWholeLimit && p.batch * p.heads * sequences >= kFewestWhole;
-    auto same = [&](const HeadClass& c) { return c.stride == group.stride && c.whole == whole; };
+    auto same = [&](const HeadClass& c) { return c.stride == pass.stride && c.whole == whole; };
     auto found = std::find_if(phase.classes.begin(), phase.classes.end(), same);
     if (found == phase.classes.end()) {
-      phase.classes.push_back({group.stride, whole, sequences, (length + kLanes - 1) / kLanes, {}, {}, 0, 0});
+      phase.classes.push_back({pass.stride, whole, sequences, (length + kLanes - 1) / kLanes, {}, {}, 0, 0});
       found = phase.classes.end() - 1;
     }
     found->heads.push_back(head);
-    found->groups.push_back(&group);
+    found->passes.push_back(&pass);
   }
   for (HeadClass& c : phase.classes) {
     const int64_t sequences = p.batch * static_cast<int64_t>(c.heads.size()) * c.sequences;
@@ -75,7 +76,7 @@ Item Schedule::ItemAt(const Phase& phase, int64_t index, bool heaviest_first, in
   index /= heads;
   Item item = {};
   item.head = c->heads[head];
-  item.group = c->groups[head];
+  item.pass = c->passes[head];
   item.whole = c->whole;
   if (c->whole) {
     item.sequence = index % c->sequences;

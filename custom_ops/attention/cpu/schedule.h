@@ -1,4 +1,4 @@
-// The plan of a call: each head's groups of components, and the items of work of each phase.
+// The plan of a call: each head's passes over its components, and the items of work of each phase.
 #ifndef STF_CUSTOM_OPS_ATTENTION_CPU_SCHEDULE_H_
 #define STF_CUSTOM_OPS_ATTENTION_CPU_SCHEDULE_H_
 
@@ -16,12 +16,12 @@ struct HeadClass {
   int64_t sequences;  // of each head
   int64_t tiles;      // of the longest sequence
   std::vector<int64_t> heads;
-  std::vector<const Group*> groups;  // of each of `heads`
-  int64_t items;                     // tile (outermost), sequence, batch and head (innermost); whole: batch, sequence, head
-  int64_t progress;                  // where its tiles' progress begins; unused where whole
+  std::vector<const Pass*> passes;  // of each of `heads`
+  int64_t items;                    // tile (outermost), sequence, batch and head (innermost); whole: batch, sequence, head
+  int64_t progress;                 // where its tiles' progress begins; unused where whole
 };
 
-// A phase runs one group of every head that has that many. A head's groups run one after another, since each continues the last one's
+// A phase runs one pass of every head that has that many. A head's passes run one after another, since each continues the last one's
 // softmax, or adds to its gradients.
 struct Phase {
   std::vector<HeadClass> classes;
@@ -45,8 +45,8 @@ class Schedule {
   void AddPhase(size_t depth);
 
   const stf_problem& problem_;
-  std::vector<std::vector<int32_t>> members_;  // storage behind the groups
-  std::vector<std::vector<Group>> programs_;   // the groups of each program
+  std::vector<std::vector<int32_t>> members_;  // storage behind the passes
+  std::vector<std::vector<Pass>> programs_;    // the passes of each program
   std::vector<Phase> phases_;
   bool whole_only_ = true, whole_any_ = false;
 };

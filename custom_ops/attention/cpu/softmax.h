@@ -25,7 +25,7 @@ struct SoftmaxState {
   }
 };
 
-inline bool Touches(const Strip& strip, int lane) { return strip.group_begin * kGroup <= lane && lane < strip.group_end * kGroup; }
+inline bool Touches(const Strip& strip, int lane) { return strip.granule_begin * kGranule <= lane && lane < strip.granule_end * kGranule; }
 
 // Turns the scores of a segment into weights relative to the new top. True where any lane's earlier sums must be rescaled.
 inline bool OnlineSoftmax(const SegmentMask& mask, int lanes, float* scores, SoftmaxState* state) {
@@ -38,7 +38,7 @@ inline bool OnlineSoftmax(const SegmentMask& mask, int lanes, float* scores, Sof
       if (!Touches(mask.strips[i], lane)) continue;
       for (int t = mask.strips[i].begin; t < mask.strips[i].end; t++) {
         Vec x = Load(scores + t * kLanes + lane);
-        if (mask.cut[t / kGroup]) {
+        if (mask.cut[t / kGranule]) {
           x = Allowed(mask, t, lane) ? x : nothing;
           Store(scores + t * kLanes + lane, x);
         }
@@ -53,7 +53,7 @@ inline bool OnlineSoftmax(const SegmentMask& mask, int lanes, float* scores, Sof
       for (int t = mask.strips[i].begin; t < mask.strips[i].end; t++) {
         const Vec x = Load(scores + t * kLanes + lane);
         Vec weight = Exp(x - base);
-        if (mask.cut[t / kGroup]) weight = x == nothing ? Vec{} : weight;
+        if (mask.cut[t / kGranule]) weight = x == nothing ? Vec{} : weight;
         Store(scores + t * kLanes + lane, weight);
         sum += weight;
       }
@@ -78,7 +78,7 @@ inline void SoftmaxGradient(const SegmentMask& mask, int lanes, float scale, con
         float *score = scores + t * kLanes + lane, *grad = grads + t * kLanes + lane;
         Vec weight = Exp(Load(score) - base);
         Vec score_grad = weight * (Load(grad) - shift) * factor;
-        if (mask.cut[t / kGroup]) {
+        if (mask.cut[t / kGranule]) {
           const IntVec allowed = Allowed(mask, t, lane);
           weight = allowed ? weight : Vec{};
           score_grad = allowed ? score_grad : Vec{};

@@ -29,14 +29,14 @@ class Scratch {
 inline View ViewOf(const Arguments& args, const Item& item) {
   const stf_problem& problem = *args.problem;
   const int64_t positions = problem.lengths ? problem.lengths[item.batch] : problem.positions;
-  const int64_t step = item.group->stride;
-  return {item.sequence, step, item.sequence < positions ? (positions - item.sequence + step - 1) / step : 0};
+  const int64_t stride = item.pass->stride;
+  return {item.sequence, stride, item.sequence < positions ? (positions - item.sequence + stride - 1) / stride : 0};
 }
 
 // Queries of the item's sequence, in use or not.
 inline int64_t Queries(const Arguments& args, const Item& item) {
-  const int64_t step = item.group->stride;
-  return (args.problem->positions - item.sequence + step - 1) / step;
+  const int64_t stride = item.pass->stride;
+  return (args.problem->positions - item.sequence + stride - 1) / stride;
 }
 
 struct Keys {
@@ -72,7 +72,7 @@ struct KeyReader {
     const stf_component& c = *segment.component;
     const int64_t key_row = Padded(p.key_depth), value_row = Padded(p.value_depth);
     if (whole) return {key + segment.begin * key_row, value + segment.begin * value_row, key_row, value_row};
-    if (p.dtype == STF_FLOAT32 && p.key_depth == key_row && p.value_depth == value_row && view.step == 1 && c.kind != STF_SUMMARY) {
+    if (p.dtype == STF_FLOAT32 && p.key_depth == key_row && p.value_depth == value_row && view.stride == 1 && c.kind != STF_SUMMARY) {
       return {reinterpret_cast<const float*>(Element(args.key, p.dtype, item.batch, segment.begin, item.head)),
               reinterpret_cast<const float*>(Element(args.value, p.dtype, item.batch, segment.begin, item.head)), args.key.position_stride,
               args.value.position_stride};
@@ -84,18 +84,18 @@ struct KeyReader {
 
 constexpr int kMostComponents = 63;  // of one head: what `exclude` has bits for
 
-// The segments of all of a group's components for one tile, by ascending first key position.
+// The segments of all of a pass' components for one tile, by ascending first key position.
 class Walk {
  public:
-  Walk(const stf_problem& problem, const Group& group, const View& view, int64_t first, int64_t last)
-      : problem_(problem), group_(group), view_(view), first_(first), last_(last) {
-    for (int i = 0; i < group.count; i++) cursors_[i] = Begin(problem, group.program[group.members[i]], first, last);
+  Walk(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int64_t last)
+      : problem_(problem), pass_(pass), view_(view), first_(first), last_(last) {
+    for (int i = 0; i < pass.count; i++) cursors_[i] = Begin(problem, pass.program[pass.members[i]], first, last);
   }
 
   // The first position of all keys still to come, or `otherwise` where there are none.
   int64_t Position(int64_t otherwise) const {
     int64_t position = otherwise;
-    for (int i = 0; i < group_.count; i++) {
+    for (int i = 0; i < pass_.count; i++) {
       if (!cursors_[i].Done()) position = Least(position, KeyPosition(*cursors_[i].component, view_, cursors_[i].next));
     }
     return position;
@@ -104,7 +104,7 @@ class Walk {
   bool Next(Segment* segment) {
     int best = -1;
     int64_t best_position = 0;
-    for (int i = 0; i < group_.count; i++) {
+    for (int i = 0; i < pass_.count; i++) {
       if (cursors_[i].Done()) continue;
       const int64_t position = KeyPosition(*cursors_[i].component, view_, cursors_[i].next);
       if (best < 0 || position < best_position) {
@@ -119,7 +119,7 @@ class Walk {
 
  private:
   const stf_problem& problem_;
-  const Group& group_;
+  const Pass& pass_;
   const View& view_;
   int64_t first_, last_;
   Cursor cursors_[kMostComponents];
@@ -129,9 +129,9 @@ class Walk {
 inline void Scores(const SegmentMask& mask, const float* left, int64_t left_row, int64_t depth, const float* right, float* scores) {
   for (int s = 0; s < mask.strip_count; s++) {
     const Strip& strip = mask.strips[s];
-    const int lane = strip.group_begin * kGroup;
-    Gemm(strip.end - strip.begin, (strip.group_end - strip.group_begin) * kGroup, depth, Left{left + strip.begin * left_row, left_row, 1},
-         right + lane, kLanes, scores + strip.begin * kLanes + lane, kLanes, false);
+    const int lane = strip.granule_begin * kGranule;
+    Gemm(strip.end - strip.begin, (strip.granule_end - strip.granule_begin) * kGranule, depth,
+         Left{left + strip.begin * left_row, left_row, 1}, right + lane, kLanes, scores + strip.begin * kLanes + lane, kLanes, false);
   }
 }
 

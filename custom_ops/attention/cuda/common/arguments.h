@@ -1,8 +1,8 @@
 // What host and kernels share: a call's tensors, and one launch's programs and numbering of tiles.
 //
 // Legend: B batch, T positions, H heads, D depth. A launch walks *sequences* of queries: query m of sequence s stands at position
-// s * sequence_step + m * step. Plain positions are one sequence with step 1; stride l has l sequences with step l; own blocks of l are
-// T / l sequences with step 1, l positions apart.
+// s * sequence_stride + m * stride. Plain positions are one sequence of stride 1; a strided component of stride l has l sequences; own
+// blocks of l are T / l sequences of stride 1, l positions apart.
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ARGUMENTS_H_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_COMMON_ARGUMENTS_H_
 
@@ -72,17 +72,17 @@ struct Launch {
   int16_t begin[kMaxPrograms];     // a program's first component
   int32_t number[kMaxPrograms];    // of the program: heads number, number + period, ... run it
   int32_t programs, period, component_count;
-  int32_t head_slots;                               // programs * the most heads that one of them has
-  int32_t sequences, sequence_step, step, longest;  // longest: positions of the longest sequence
-  int32_t tiles;                                    // of the longest sequence, or of the keys; packed: groups of sequences
-  bool first, last;                                 // whether nothing was, or will be, added to the queries' results by other launches
-  bool key_first, key_last;                         // the same of the keys' gradients
-  bool key_write;                                   // whether the keys' gradients are written: last, or the last that has some of the keys
-  bool sm90;                                        // whether its kernels are those of Hopper (sm90/)
-  bool general;                                     // whether some component is a block layout or leaves out others
-  int32_t packed_rows;                              // packed: rows of a tile that a sequence takes; for warpgroups its length
-  int64_t work_tiles;                               // sm90: tiles of rows in all
-  bool persistent;                                  // sm90: blocks stay, and take every gridDim.x-th tile: each is short
+  int32_t head_slots;                                   // programs * the most heads that one of them has
+  int32_t sequences, sequence_stride, stride, longest;  // longest: positions of the longest sequence
+  int32_t tiles;                                        // of the longest sequence, or of the keys; packed: tiles full of sequences
+  bool first, last;                                     // whether nothing was, or will be, added to the queries' results by other launches
+  bool key_first, key_last;                             // the same of the keys' gradients
+  bool key_write;       // whether the keys' gradients are written: last, or the last that has some of the keys
+  bool sm90;            // whether its kernels are those of Hopper (sm90/)
+  bool general;         // whether some component is a block layout or leaves out others
+  int32_t packed_rows;  // packed: rows of a tile that a sequence takes; sm90: as many as it is long
+  int64_t work_tiles;   // sm90: tiles of rows in all
+  bool persistent;      // sm90: blocks stay, and take every gridDim.x-th tile: each is short
 };
 
 // A tensor as Hopper's copy engine knows it (CUtensorMap), opaque.

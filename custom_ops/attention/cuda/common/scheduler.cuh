@@ -34,8 +34,8 @@ __device__ inline int Length(const Arguments& args, int batch) {
 
 // How many of a sequence's positions are less than `end`.
 __device__ inline int CountBelow(const Launch& launch, int sequence, int end) {
-  const int start = sequence * launch.sequence_step;
-  return end <= start ? 0 : min(launch.longest, (end - start - 1) / launch.step + 1);
+  const int start = sequence * launch.sequence_stride;
+  return end <= start ? 0 : min(launch.longest, (end - start - 1) / launch.stride + 1);
 }
 
 // How many keys a sequence has at positions less than `end`, numbered as component c numbers them.
@@ -46,7 +46,7 @@ __device__ inline int CountKeys(const Launch& launch, const Component& c, int se
 }
 
 __device__ inline View FindView(const Arguments& args, const Launch& launch, int sequence, int batch) {
-  return {sequence * launch.sequence_step, launch.step, CountBelow(launch, sequence, Length(args, batch))};
+  return {sequence * launch.sequence_stride, launch.stride, CountBelow(launch, sequence, Length(args, batch))};
 }
 
 __device__ inline int64_t StatisticsBase(const Arguments& args, int batch, int head) {

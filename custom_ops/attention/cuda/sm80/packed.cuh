@@ -40,7 +40,7 @@ __device__ inline int PackedSequence(const Launch& launch, const TileIndex& work
 __device__ inline int PackedPosition(const Launch& launch, const TileIndex& work, int length, int row) {
   int sequence_row;
   const int sequence = PackedSequence(launch, work, row, &sequence_row);
-  const int position = sequence * launch.sequence_step + sequence_row * launch.step;
+  const int position = sequence * launch.sequence_stride + sequence_row * launch.stride;
   return sequence >= 0 && position < length ? position : -1;
 }
 

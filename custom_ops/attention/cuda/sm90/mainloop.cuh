@@ -162,8 +162,8 @@ __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& 
 // delta[r] = sum over depth of output * output_grad, for a thread's two rows, at positions place(0) and place(1); zero where that is
 // negative. The row's quad of lanes finds the same.
 template <typename T, int kDepth, typename Place>
-__device__ inline void GroupSumProducts(float (&delta)[2], const T* output, int64_t output_stride, const T* grad, int64_t grad_stride,
-                                        int depth, Place place) {
+__device__ inline void WarpgroupSumProducts(float (&delta)[2], const T* output, int64_t output_stride, const T* grad, int64_t grad_stride,
+                                            int depth, Place place) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int position = place(r);

@@ -33,14 +33,14 @@ struct Packs {
 
   // Position of a row; positions from `end` on, and rows of nobody, give -1.
   __device__ int Position(const Launch& launch, int row, int end) const {
-    const int pack = Pack(row), position = (sequence + pack) * launch.sequence_step + (row - pack * length) * launch.step;
+    const int pack = Pack(row), position = (sequence + pack) * launch.sequence_stride + (row - pack * length) * launch.stride;
     return row < rows && position < end ? position : -1;
   }
 
   // Rows of the tile where a row's sequence begins, and where its positions in use end.
   __device__ Interval Of(const Launch& launch, int row, int end) const {
-    const int pack = Pack(row), start = (sequence + pack) * launch.sequence_step;
-    const int count = end <= start ? 0 : min(length, (end - start - 1) / launch.step + 1);
+    const int pack = Pack(row), start = (sequence + pack) * launch.sequence_stride;
+    const int count = end <= start ? 0 : min(length, (end - start - 1) / launch.stride + 1);
     return {pack * length, pack * length + count};
   }
 };
@@ -155,9 +155,9 @@ __global__ __launch_bounds__(kPackedThreads,
   const int64_t statistics = StatisticsBase(args, work.batch, work.head);
   for (int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; row < kRows && launch.first; row += 64) {
     float delta[2];
-    GroupSumProducts<T, kValueDepth>(delta, Base<const T>(args.output, work.batch, work.head), args.output.position_stride,
-                                     Base<const T>(args.output_grad, work.batch, work.head), args.output_grad.position_stride,
-                                     args.value_depth, [&](int r) { return place(row + 8 * r); });
+    WarpgroupSumProducts<T, kValueDepth>(delta, Base<const T>(args.output, work.batch, work.head), args.output.position_stride,
+                                         Base<const T>(args.output_grad, work.batch, work.head), args.output_grad.position_stride,
+                                         args.value_depth, [&](int r) { return place(row + 8 * r); });
     if (threadIdx.x % 4 == 0) {
       deltas[row] = delta[0];
       deltas[row + 8] = delta[1];

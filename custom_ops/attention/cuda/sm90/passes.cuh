@@ -103,11 +103,11 @@ struct QueryGrad {
     if (launch.first) {
       const T* const output = Base<const T>(args.output, work_tile.batch, work_tile.head);
       const T* const grad = Base<const T>(args.output_grad, work_tile.batch, work_tile.head);
-      GroupSumProducts<T, kValue>(delta, output, args.output.position_stride, grad, args.output_grad.position_stride, args.value_depth,
-                                  [&](int r) {
-                                    const int row = first_row + 8 * r;
-                                    return row < work_tile.end ? view.Position(row) : -1;
-                                  });
+      WarpgroupSumProducts<T, kValue>(delta, output, args.output.position_stride, grad, args.output_grad.position_stride, args.value_depth,
+                                      [&](int r) {
+                                        const int row = first_row + 8 * r;
+                                        return row < work_tile.end ? view.Position(row) : -1;
+                                      });
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {

@@ -121,7 +121,7 @@ struct __align__(16) WorkTile {
     return first < existing;
   }
 
-  __device__ View ViewOf(const Launch& launch) const { return {start, launch.step, count}; }
+  __device__ View ViewOf(const Launch& launch) const { return {start, launch.stride, count}; }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 
   // The component whose numbering of keys a launch by keys has.

@@ -28,7 +28,7 @@ Encode FindEncode() {
 
 // How a map numbers rows: `sequences` of them, `count` rows each, so many positions apart.
 struct Numbering {
-  int64_t sequences, sequence_step, count, step;
+  int64_t sequences, sequence_stride, count, stride;
 };
 
 // Rows are cut into panels as wgmma.cuh has them.
@@ -38,8 +38,8 @@ cudaError_t Make(const Arguments& args, const stf_tensor& tensor, int depth, int
   const auto bytes = [](int64_t elements) { return static_cast<cuuint64_t>(2 * elements); };
   const auto size = [](int64_t x) { return static_cast<cuuint64_t>(x); };
   const cuuint64_t sizes[5] = {size(depth), size(numbering.sequences), size(numbering.count), size(args.heads), size(args.batch)};
-  const cuuint64_t strides[4] = {bytes(numbering.sequence_step * tensor.position_stride), bytes(numbering.step * tensor.position_stride),
-                                 bytes(tensor.head_stride), bytes(tensor.batch_stride)};
+  const cuuint64_t strides[4] = {bytes(numbering.sequence_stride * tensor.position_stride),
+                                 bytes(numbering.stride * tensor.position_stride), bytes(tensor.head_stride), bytes(tensor.batch_stride)};
   const bool narrow = tile_depth == 32;
   const cuuint32_t box[5] = {narrow ? 32u : 64u, 1, static_cast<cuuint32_t>(rows), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   // Halves of either kind are 16 bits that nobody computes with here.
@@ -66,10 +66,10 @@ cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments&
   const stf_tensor *own[2] = {&args.query, &args.output_grad}, *streamed[2] = {&args.key, &args.value};
   if (pass == kKeyGrad) std::swap(own, streamed);
   const int depths[2] = {args.key_depth, args.value_depth}, tile_depths[2] = {key_depth, value_depth};
-  const int64_t positions = args.positions, step = launch.step;
-  const int64_t longer = positions % step;
+  const int64_t positions = args.positions, stride = launch.stride;
+  const int64_t longer = positions % stride;
   const Numbering plain = {1, 1, positions, 1};
-  const Numbering variants[2] = {{step, 1, positions / step, step}, {longer, 1, positions / step + 1, step}};
+  const Numbering variants[2] = {{stride, 1, positions / stride, stride}, {longer, 1, positions / stride + 1, stride}};
   cudaError_t error = cudaSuccess;
   const auto make = [&](int t, const stf_tensor& tensor, const Numbering& numbering, int rows, TensorMap* map) {
     if (error == cudaSuccess) error = Make(args, tensor, depths[t], tile_depths[t], numbering, rows, map);
@@ -97,7 +97,7 @@ int MapsOf(Pass pass, int key_depth, int value_depth, const Arguments& args, con
   const int summary_rows = SummaryRows(launch);
   Key key;
   key.Add(args.query, args.key, args.value, args.output_grad)
-      .Add(args.batch, args.positions, args.heads, args.key_depth, args.value_depth, launch.step, summary_rows, key_depth, value_depth,
+      .Add(args.batch, args.positions, args.heads, args.key_depth, args.value_depth, launch.stride, summary_rows, key_depth, value_depth,
            pass);
   return cache.Get(key, maps, [&](Maps* made) { return MakeMaps(pass, key_depth, value_depth, args, launch, summary_rows, made); });
 }
