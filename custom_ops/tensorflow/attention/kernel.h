@@ -3,7 +3,7 @@
 #ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_KERNEL_H_
 #define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_KERNEL_H_
 
-#include <utility>
+#include <string>
 #include <vector>
 
 #include "custom_ops/attention/problem.h"
@@ -143,37 +143,53 @@ class AttentionNode {
   int lengths_ = kNone, layout_bits_ = kNone, output_ = kNone, log_sum_exp_grad_ = kNone;
 };
 
-// What the CUDA kernels take.
-inline absl::Status CheckForGpu(const stf_problem& problem) {
-  using tensorflow::errors::InvalidArgument;
-  constexpr int64_t kMostDepth = 256, kMostPositions = int64_t{1} << 30;
-  const std::pair<const char*, int64_t> depths[] = {{"query", problem.key_depth}, {"value", problem.value_depth}};
-  for (const auto& [name, depth] : depths) {
-    if (depth < 1 || depth > kMostDepth)
-      return InvalidArgument(name, " must have a depth from 1 to ", kMostDepth, " on the GPU. Received: ", name, " of depth ", depth);
-  }
-  const std::pair<const char*, int64_t> sizes[] = {{"batch", problem.batch}, {"positions", problem.positions}, {"heads", problem.heads}};
-  for (const auto& [name, size] : sizes) {
-    if (size >= kMostPositions)
-      return InvalidArgument("query must have fewer than ", kMostPositions, " ", name, " on the GPU. Received: ", size);
-  }
-  return absl::OkStatus();
-}
-
 inline stf_tensor Strided(const tensorflow::Tensor& tensor) {
   const int64_t positions = tensor.dim_size(1), heads = tensor.dim_size(2), depth = tensor.dim_size(3);
   return {const_cast<char*>(tensor.tensor_data().data()), positions * heads * depth, heads * depth, depth};
 }
 
-// What the op's kernels on CPU and GPU have in common.
-template <typename T, bool kPacked>
-class AttentionBase : public tensorflow::OpKernel {
+// The op and its gradient. On::Device(context) is the device that a call runs on, as cpu.h and gpu.h have it.
+template <typename T, bool kPacked, bool kGradient, typename On>
+class Attention : public tensorflow::OpKernel {
  public:
-  explicit AttentionBase(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
+  explicit Attention(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, node_.Init(context, kPacked));
   }
 
- protected:
+  void Compute(tensorflow::OpKernelContext* context) override {
+    const auto device = On::Device(context);
+    stf_problem problem;
+    OP_REQUIRES_OK(context, Read(context, &problem));
+    const std::string wrong = device.Wrong(problem);
+    OP_REQUIRES(context, wrong.empty(), tensorflow::errors::InvalidArgument(wrong));
+    const auto bytes = static_cast<int64_t>(device.Workspace(problem, kGradient));
+    tensorflow::Tensor workspace;
+    OP_REQUIRES_OK(context, context->allocate_temp(tensorflow::DT_INT8, tensorflow::TensorShape({bytes}), &workspace));
+    stf_tensor inputs[3];
+    if (kPacked) {
+      Unpack(problem, const_cast<char*>(context->input(0).tensor_data().data()), sizeof(T), inputs);
+    } else {
+      for (int i = 0; i < 3; i++) inputs[i] = Strided(context->input(i));
+    }
+    int error;
+    if constexpr (kGradient) {
+      stf_tensor grads[3];
+      OP_REQUIRES_OK(context, AllocateGradients(context, problem, grads));
+      error = device.Backward(problem, inputs, Strided(context->input(node_.output())), Data<float>(context, node_.log_sum_exp()),
+                              Strided(context->input(node_.output_grad())), Data<float>(context, node_.log_sum_exp_grad()), grads,
+                              workspace.data());
+    } else {
+      tensorflow::Tensor *output, *log_sum_exp;
+      OP_REQUIRES_OK(context, context->allocate_output(0, {problem.batch, problem.positions, problem.heads, problem.value_depth}, &output));
+      OP_REQUIRES_OK(context, context->allocate_output(1, {problem.batch, problem.heads, problem.positions}, &log_sum_exp));
+      error = device.Forward(problem, inputs, Strided(*output), log_sum_exp->template flat<float>().data(), workspace.data());
+    }
+    OP_REQUIRES(context, error == 0,
+                device.OutOfMemory(error) ? tensorflow::errors::ResourceExhausted(device.Error(error))
+                                          : tensorflow::errors::Internal(device.Error(error)));
+  }
+
+ private:
   // The problem that the inputs describe, all of them checked. It points into them (their numbers are not looked at) and into this kernel.
   absl::Status Read(tensorflow::OpKernelContext* context, stf_problem* problem) const {
     std::vector<tensorflow::TensorShape> shapes;
@@ -184,44 +200,20 @@ class AttentionBase : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
-  // Query, key and value.
-  void Inputs(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor tensors[3]) const {
-    if (kPacked) return Unpack(problem, const_cast<char*>(context->input(0).tensor_data().data()), sizeof(T), tensors);
-    for (int i = 0; i < 3; i++) tensors[i] = Strided(context->input(i));
-  }
-
-  // Their gradients, allocated as the inputs are.
-  absl::Status Gradients(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor tensors[3]) const {
+  // Gradients of query, key and value, as these are: side by side in one where they are packed.
+  static absl::Status AllocateGradients(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor grads[3]) {
     for (int i = 0; i < (kPacked ? 1 : 3); i++) {
       tensorflow::Tensor* grad;
       TF_RETURN_IF_ERROR(context->allocate_output(i, context->input(i).shape(), &grad));
       if (kPacked) {
-        Unpack(problem, const_cast<char*>(grad->tensor_data().data()), sizeof(T), tensors);
+        Unpack(problem, const_cast<char*>(grad->tensor_data().data()), sizeof(T), grads);
       } else {
-        tensors[i] = Strided(*grad);
+        grads[i] = Strided(*grad);
       }
     }
     return absl::OkStatus();
   }
 
-  // Output [batch, position, head, depth] and log-sum-exp.
-  absl::Status Outputs(tensorflow::OpKernelContext* context, const stf_problem& problem, stf_tensor* output, float** log_sum_exp) const {
-    tensorflow::Tensor *out, *statistic;
-    TF_RETURN_IF_ERROR(
-        context->allocate_output(0, tensorflow::TensorShape({problem.batch, problem.positions, problem.heads, problem.value_depth}), &out));
-    TF_RETURN_IF_ERROR(context->allocate_output(1, tensorflow::TensorShape({problem.batch, problem.heads, problem.positions}), &statistic));
-    *output = Strided(*out);
-    *log_sum_exp = statistic->flat<float>().data();
-    return absl::OkStatus();
-  }
-
-  // The gradient op's further inputs. The last is null where nothing is differentiated through the log-sum-exp.
-  stf_tensor Output(tensorflow::OpKernelContext* context) const { return Strided(context->input(node_.output())); }
-  const float* LogSumExp(tensorflow::OpKernelContext* context) const { return Data<float>(context, node_.log_sum_exp()); }
-  stf_tensor OutputGrad(tensorflow::OpKernelContext* context) const { return Strided(context->input(node_.output_grad())); }
-  const float* LogSumExpGrad(tensorflow::OpKernelContext* context) const { return Data<float>(context, node_.log_sum_exp_grad()); }
-
- private:
   // An input's elements, or null where there is no such input or none in it.
   template <typename Element>
   static const Element* Data(tensorflow::OpKernelContext* context, int input) {
@@ -231,6 +223,18 @@ class AttentionBase : public tensorflow::OpKernel {
 
   AttentionNode node_;
 };
+
+#define STF_REGISTER_KERNEL(name, device, T, ...) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(device).TypeConstraint<T>("T"), Attention<T, __VA_ARGS__>)
+#define STF_REGISTER_DTYPE(device, On, T)                                \
+  STF_REGISTER_KERNEL("StfAttention", device, T, false, false, On);      \
+  STF_REGISTER_KERNEL("StfAttentionGrad", device, T, false, true, On);   \
+  STF_REGISTER_KERNEL("StfPackedAttention", device, T, true, false, On); \
+  STF_REGISTER_KERNEL("StfPackedAttentionGrad", device, T, true, true, On)
+#define STF_REGISTER_ATTENTION(device, On)              \
+  STF_REGISTER_DTYPE(device, On, float);                \
+  STF_REGISTER_DTYPE(device, On, tensorflow::bfloat16); \
+  STF_REGISTER_DTYPE(device, On, Eigen::half)
 
 }  // namespace stf
 

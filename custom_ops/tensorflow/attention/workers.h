@@ -1,11 +1,10 @@
-// What the CPU kernels need of whoever calls them: threads, and a look at lengths.
+// Threads, for the CPU kernels.
 #ifndef STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_WORKERS_H_
 #define STF_CUSTOM_OPS_TENSORFLOW_ATTENTION_WORKERS_H_
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <string>
 #include <thread>
 
 #include "custom_ops/attention/cpu/attention.h"
@@ -51,16 +50,6 @@ class Workers {
   Pool* pool_;
   stf_parallel parallel_;
 };
-
-// What is wrong with the first length that does not fit, or nothing. For lengths in host memory.
-inline std::string WrongLength(const stf_problem& problem) {
-  for (int64_t i = 0; problem.lengths && i < problem.batch; i++) {
-    if (problem.lengths[i] < 0 || problem.lengths[i] > problem.positions)
-      return "lengths must be from 0 to " + std::to_string(problem.positions) + ". Received: lengths[" + std::to_string(i) +
-             "]=" + std::to_string(problem.lengths[i]);
-  }
-  return "";
-}
 
 }  // namespace stf
 

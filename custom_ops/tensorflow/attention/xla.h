@@ -26,8 +26,7 @@ inline std::string Written(const Program& program, const Packing& packing) {
   return attributes.Add(program).text();
 }
 
-// Device::Check(problem) says what the device's kernels do not take, and Device::Workspace(problem, gradient) the bytes of memory that a
-// call needs beside its arguments and results.
+// Device is what cpu.h and gpu.h have.
 template <bool kGradient, bool kPacked, typename Device>
 class AttentionXla : public tensorflow::XlaOpKernel {
  public:
@@ -49,7 +48,8 @@ class AttentionXla : public tensorflow::XlaOpKernel {
     const xla::PrimitiveType type = xla_shapes[0].element_type();
     const int32_t dtype = type == xla::F32 ? STF_FLOAT32 : type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
     OP_REQUIRES_OK(context, node_.Describe(shapes, dtype, &problem));
-    OP_REQUIRES_OK(context, Device::Check(problem));
+    const std::string wrong = Device::Wrong(problem);
+    OP_REQUIRES(context, wrong.empty(), tensorflow::errors::InvalidArgument(wrong));
 
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
@@ -77,7 +77,7 @@ class AttentionXla : public tensorflow::XlaOpKernel {
       results = {xla::ShapeUtil::MakeShape(type, {problem.batch, problem.positions, problem.heads, problem.value_depth}),
                  xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, problem.heads, problem.positions})};
     }
-    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {Device::Workspace(problem, kGradient)}));
+    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(Device::Workspace(problem, kGradient))}));
     for (xla::Shape& shape : operand_shapes) xla::LayoutUtil::SetToDefaultLayout(&shape);
     for (xla::Shape& shape : results) xla::LayoutUtil::SetToDefaultLayout(&shape);
     const char* target = kPacked ? (kGradient ? kPackedGradientCall : kPackedForwardCall) : (kGradient ? kGradientCall : kForwardCall);

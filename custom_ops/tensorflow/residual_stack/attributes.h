@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "custom_ops/tensorflow/attention/gpu.h"
 #include "custom_ops/tensorflow/attention/kernel.h"
 #include "custom_ops/tensorflow/residual_stack/stack.h"
 
@@ -88,7 +89,8 @@ struct StackAttributes {
                 program.begin.data(),
                 first_program.data(),
                 static_cast<int64_t>(first_program.size()) - 1};
-    return CheckForGpu(Stack(*options, nullptr, nullptr).problem());
+    const std::string wrong = Gpu::Wrong(Stack(*options, nullptr, nullptr).problem());
+    return wrong.empty() ? absl::OkStatus() : InvalidArgument(wrong);
   }
 
   // Of the gradient op.
