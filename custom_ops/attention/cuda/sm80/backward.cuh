@@ -43,10 +43,8 @@ __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void Sm80QueryGr
   const T* key = Base<const T>(args.key, work.batch, work.head);
   const T* value = Base<const T>(args.value, work.batch, work.head);
   auto own = [&](int row) { return first + row < end ? view.Position(first + row) : -1; };
-  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
-                                                      args.key_depth, args.vector, own);
-  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, Base<const T>(args.output_grad, work.batch, work.head),
-                                                        args.output_grad.position_stride, args.value_depth, args.vector, own);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work, args.key_depth, own);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, args.output_grad, args, work, args.value_depth, own);
   CommitCopies();
   auto load = [&](const Segment& segment, int stage) {
     auto place = [&](int row) { return row < segment.count ? KeyPosition(segment.component, view, segment.begin + row) : -1; };
@@ -55,63 +53,44 @@ __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void Sm80QueryGr
     LoadRows<T, kValueDepth, Tile::kVisited, Tile::kThreads>(to + Tile::kVisited * kPitch<T, kKeyDepth>, value, args.value.position_stride,
                                                              args.value_depth, args.vector, place);
   };
-  Walk<false, Tile::kVisited> walk(args, head, view, first, end - 1);
-  Segment segment, next;
-  bool more = walk.Next(&segment);
-  if (more) load(segment, 0);
-  CommitCopies();
-
   const int warp_row = threadIdx.x / 32 * 16, lane_row = warp_row + threadIdx.x % 32 / 4;
   const int64_t statistics = StatisticsBase(args, work.batch, work.head);
-  WaitForCopies<1>();
-  __syncthreads();
-  if (launch.first) {
-    SumProducts<T, kValueDepth>(deltas + warp_row, grads + warp_row * kPitch<T, kValueDepth>,
-                                Base<const T>(args.output, work.batch, work.head), args.output.position_stride, args.value_depth,
-                                args.vector, [&](int row) { return own(warp_row + row); });
-    __syncwarp();
-  }
   T* grad_rows[2];
   float* partial[2];
   float log_sum_exp[2], delta[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int row = first + lane_row + 8 * r, position = view.Position(row);
-    grad_rows[r] = row < existing ? RowOf<T>(args.query_grad, work.batch, work.head, position) : nullptr;
-    partial[r] = row < existing ? RowOf<float>(args.query_partial, work.batch, work.head, position) : nullptr;
-    log_sum_exp[r] = row < end ? args.log_sum_exp[statistics + position] : 0;
-    if (launch.first) {
-      delta[r] = deltas[lane_row + 8 * r];
-      if (row < end && args.log_sum_exp_grad) delta[r] -= args.log_sum_exp_grad[statistics + position];
-      if (row < existing && threadIdx.x % 4 == 0) args.delta[statistics + position] = delta[r];
-    } else {
-      delta[r] = row < end ? args.delta[statistics + position] : 0;
-    }
-  }
-
   float sum[kKeyDepth / 8][4];
-  Clear(sum);
-  for (int stage = 0; more; stage = (stage + 1) % Tile::kStages) {
-    const bool another = walk.Next(&next);
-    if (Tile::kStages == 2) {
-      if (another) load(next, 1 - stage);
-      CommitCopies();
-    }
-    WaitForCopies<Tile::kStages - 1>();
+  const auto prologue = [&]() {
+    WaitForCopies<1>();
     __syncthreads();
-    const T* keys = stages + stage * Tile::kStage;
-    AddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kVisited>(
-        context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, grads + warp_row * kPitch<T, kValueDepth>, keys,
-        keys + Tile::kVisited * kPitch<T, kKeyDepth>, log_sum_exp, delta, sum);
-    __syncthreads();
-    if (Tile::kStages == 1) {
-      if (another) load(next, 0);
-      CommitCopies();
+    if (launch.first) {
+      SumProducts<T, kValueDepth>(deltas + warp_row, grads + warp_row * kPitch<T, kValueDepth>,
+                                  Base<const T>(args.output, work.batch, work.head), args.output.position_stride, args.value_depth,
+                                  args.vector, [&](int row) { return own(warp_row + row); });
+      __syncwarp();
     }
-    segment = next;
-    more = another;
-  }
-  WaitForCopies<0>();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = first + lane_row + 8 * r, position = view.Position(row);
+      grad_rows[r] = row < existing ? RowOf<T>(args.query_grad, work.batch, work.head, position) : nullptr;
+      partial[r] = row < existing ? RowOf<float>(args.query_partial, work.batch, work.head, position) : nullptr;
+      log_sum_exp[r] = row < end ? args.log_sum_exp[statistics + position] : 0;
+      if (launch.first) {
+        delta[r] = deltas[lane_row + 8 * r];
+        if (row < end && args.log_sum_exp_grad) delta[r] -= args.log_sum_exp_grad[statistics + position];
+        if (row < existing && threadIdx.x % 4 == 0) args.delta[statistics + position] = delta[r];
+      } else {
+        delta[r] = row < end ? args.delta[statistics + position] : 0;
+      }
+    }
+    Clear(sum);
+  };
+  ForEachSegment<Tile::kStages>(
+      Walk<false, Tile::kVisited>(args, head, view, first, end - 1), load, prologue, [&](const Segment& segment, int stage) {
+        const T* keys = stages + stage * Tile::kStage;
+        AddQueryGrad<T, kKeyDepth, kValueDepth, Tile::kVisited>(
+            context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, grads + warp_row * kPitch<T, kValueDepth>,
+            keys, keys + Tile::kVisited * kPitch<T, kKeyDepth>, log_sum_exp, delta, sum);
+      });
   Scale(sum, args.scale);
   StoreGradient<T, kKeyDepth>(sum, grad_rows, partial, args.key_depth, args.vector, launch.first, launch.last, launch.last);
 }
@@ -145,10 +124,8 @@ __global__ __launch_bounds__(128, (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1
   auto own = [&](int row) { return first + row < end ? KeyPosition(numbering, view, first + row) : -1; };
   const int length = Length(args, work.batch);
   auto in_use = [&](int row) { return own(row) < length ? own(row) : -1; };  // the others may hold anything
-  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
-                                                      args.key_depth, args.vector, in_use);
-  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
-                                                        args.value.position_stride, args.value_depth, args.vector, in_use);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work, args.key_depth, in_use);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work, args.value_depth, in_use);
   auto load = [&](const Segment& segment, int stage) {
     auto place = [&](int row) { return row < segment.count ? view.Position(segment.begin + row) : -1; };
     T* const to = stages + stage * Tile::kStage;
@@ -168,34 +145,16 @@ __global__ __launch_bounds__(128, (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1
   float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
   Clear(key_sum);
   Clear(value_sum);
-  Walk<true, Tile::kVisited> walk(args, head, view, first, end - 1);
-  Segment segment, next;
-  bool more = walk.Next(&segment);
-  if (more) load(segment, 0);
-  CommitCopies();
-  for (int stage = 0; more; stage = (stage + 1) % Tile::kStages) {
-    const bool another = walk.Next(&next);
-    if (Tile::kStages == 2) {
-      if (another) load(next, 1 - stage);
-      CommitCopies();
-    }
-    WaitForCopies<Tile::kStages - 1>();
-    __syncthreads();
-    const T* queries = stages + stage * Tile::kStage;
-    const T* grads = queries + Tile::kVisited * kPitch<T, kKeyDepth>;
-    const float* statistics = reinterpret_cast<const float*>(grads + Tile::kVisited * kPitch<T, kValueDepth>);
-    AddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kVisited, kPart>(
-        context, segment, first + warp_row, end, keys + warp_row * kPitch<T, kKeyDepth>, values + warp_row * kPitch<T, kValueDepth>,
-        queries, grads, statistics, statistics + Tile::kVisited, key_sum, value_sum);
-    __syncthreads();
-    if (Tile::kStages == 1) {
-      if (another) load(next, 0);
-      CommitCopies();
-    }
-    segment = next;
-    more = another;
-  }
-  WaitForCopies<0>();
+  ForEachSegment<Tile::kStages>(
+      Walk<true, Tile::kVisited>(args, head, view, first, end - 1), load, []() {},
+      [&](const Segment& segment, int stage) {
+        const T* queries = stages + stage * Tile::kStage;
+        const T* grads = queries + Tile::kVisited * kPitch<T, kKeyDepth>;
+        const float* statistics = reinterpret_cast<const float*>(grads + Tile::kVisited * kPitch<T, kValueDepth>);
+        AddKeyGrads<T, kKeyDepth, kValueDepth, Tile::kVisited, kPart>(
+            context, segment, first + warp_row, end, keys + warp_row * kPitch<T, kKeyDepth>, values + warp_row * kPitch<T, kValueDepth>,
+            queries, grads, statistics, statistics + Tile::kVisited, key_sum, value_sum);
+      });
   T* grad_rows[2];
   float* partial[2];
   auto find_rows = [&](const stf_tensor& grads, const stf_tensor& partials) {

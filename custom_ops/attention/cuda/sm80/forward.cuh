@@ -66,31 +66,13 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
     find_rows().Continue(&softmax, args, args.vector);
   }
 
-  Walk<false, Tile::kKeys> walk(args, head, view, first, end - 1);
-  Segment segment, next;
-  bool more = walk.Next(&segment);
-  if (more) load(segment, 0);
-  CommitCopies();
-  for (int stage = 0; more; stage = (stage + 1) % Tile::kStages) {
-    const bool another = walk.Next(&next);
-    if (Tile::kStages == 2) {
-      if (another) load(next, 1 - stage);
-      CommitCopies();
-    }
-    WaitForCopies<Tile::kStages - 1>();
-    __syncthreads();
-    const T* keys = stages + stage * Tile::kStage;
-    Attend<Tile::kKeys>(&softmax, context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, keys,
-                        keys + Tile::kKeyElements);
-    __syncthreads();
-    if (Tile::kStages == 1) {
-      if (another) load(next, 0);
-      CommitCopies();
-    }
-    segment = next;
-    more = another;
-  }
-  WaitForCopies<0>();
+  ForEachSegment<Tile::kStages>(
+      Walk<false, Tile::kKeys>(args, head, view, first, end - 1), load, []() {},
+      [&](const Segment& segment, int stage) {
+        const T* keys = stages + stage * Tile::kStage;
+        Attend<Tile::kKeys>(&softmax, context, segment, first + warp_row, end, queries + warp_row * kPitch<T, kKeyDepth>, keys,
+                            keys + Tile::kKeyElements);
+      });
   softmax.Finish();
   find_rows().Store(&softmax, args, launch, args.vector);
 }

@@ -2,11 +2,48 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_MAINLOOP_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_SM80_MAINLOOP_CUH_
 
+#include "custom_ops/attention/cuda/common/scheduler.cuh"
 #include "custom_ops/attention/cuda/common/softmax.cuh"
 #include "custom_ops/attention/cuda/sm80/mask.cuh"
 
 namespace stf {
 namespace cuda {
+
+// A head's rows of a tensor to shared memory, by place(row) as LoadRows does.
+template <typename T, int kDepth, int kRows, int kThreads, typename Place>
+__device__ __forceinline__ void LoadHead(T* to, const stf_tensor& tensor, const Arguments& args, const TileIndex& work, int depth,
+                                         const Place& place) {
+  LoadRows<T, kDepth, kRows, kThreads>(to, Base<const T>(tensor, work.batch, work.head), tensor.position_stride, depth, args.vector, place);
+}
+
+// A block's way through the segments of its tile: while one is used, the next comes to shared memory. load(segment, stage) begins a
+// segment's copies; prologue() is called when those of the first have begun; use(segment, stage) when a segment is there for all threads.
+template <int kStages, typename Walk, typename Load, typename Prologue, typename Use>
+__device__ __forceinline__ void ForEachSegment(Walk walk, const Load& load, const Prologue& prologue, const Use& use) {
+  Segment segment, next;
+  bool more = walk.Next(&segment);
+  if (more) load(segment, 0);
+  CommitCopies();
+  prologue();
+  for (int stage = 0; more; stage = (stage + 1) % kStages) {
+    const bool another = walk.Next(&next);
+    if (kStages == 2) {
+      if (another) load(next, 1 - stage);
+      CommitCopies();
+    }
+    WaitForCopies<kStages - 1>();
+    __syncthreads();
+    use(segment, stage);
+    __syncthreads();
+    if (kStages == 1) {
+      if (another) load(next, 0);
+      CommitCopies();
+    }
+    segment = next;
+    more = another;
+  }
+  WaitForCopies<0>();
+}
 
 template <bool kByKey>
 __device__ inline uint32_t Allowed(const Context& context, const WarpMask<kByKey>& mask, const Segment& segment, int row_begin, int unit) {

@@ -79,12 +79,9 @@ __global__ __launch_bounds__(32 * kWarps) void Sm80PackedForwardKernel(const __g
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
-  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
-                                                      args.key_depth, args.vector, place);
-  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
-                                                      args.key_depth, args.vector, place);
-  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
-                                                        args.value.position_stride, args.value_depth, args.vector, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work, args.key_depth, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work, args.key_depth, place);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work, args.value_depth, place);
   CommitCopies();
 
   const PackedWarp warp = FindPackedWarp(args, launch, work);
@@ -132,15 +129,11 @@ __global__ __launch_bounds__(32 * kWarps) void Sm80PackedBackwardKernel(const __
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
-  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, Base<const T>(args.output_grad, work.batch, work.head),
-                                                        args.output_grad.position_stride, args.value_depth, args.vector, place);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, args.output_grad, args, work, args.value_depth, place);
   CommitCopies();
-  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
-                                                      args.key_depth, args.vector, place);
-  LoadRows<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
-                                                      args.key_depth, args.vector, place);
-  LoadRows<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, Base<const T>(args.value, work.batch, work.head),
-                                                        args.value.position_stride, args.value_depth, args.vector, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work, args.key_depth, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work, args.key_depth, place);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work, args.value_depth, place);
   CommitCopies();
 
   const int64_t statistics = StatisticsBase(args, work.batch, work.head);
