@@ -32,6 +32,10 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist loadfile
 ARGS ?=
+# What the tests import: the wheel of this checkout, unpacked, so that what a wheel lacks is missed. (PYTHONSAFEPATH: not the tree, where
+# they are started.)
+INSTALLED := build/installed
+WITH_WHEEL := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(INSTALLED) STF_TESTED=$(CURDIR)/$(INSTALLED)
 
 .PHONY: setup train test test-all test-gpu browser lint format lib check-cuda wheel clean
 .DELETE_ON_ERROR:
@@ -65,6 +69,11 @@ $(VENV)/installed: setup.py pyproject.toml $(VENV)/dependencies | $(LIBRARY)
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
+$(INSTALLED)/made: setup.py pyproject.toml $(shell find stf -name '*.py') $(VENV)/dependencies $(LIBRARY)
+	rm -rf $(INSTALLED)
+	$(PIP) install --no-build-isolation --no-deps --no-index --target $(INSTALLED) .
+	touch $@
+
 train: setup $(LIBRARY)
 	$(BIN)/python examples/train_cifar10.py $(ARGS)
 
@@ -72,14 +81,14 @@ train: setup $(LIBRARY)
 browser:
 	@command -v chromedriver >/dev/null || $(INSTALL) chromium chromium-driver || true
 
-test: setup $(LIBRARY) browser
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+test: setup $(INSTALLED)/made browser
+	$(WITH_WHEEL) $(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: setup $(LIBRARY) browser
-	$(PYTEST) $(PARALLEL) -m "not gpu" $(ARGS)
+test-all: setup $(INSTALLED)/made browser
+	$(WITH_WHEEL) $(PYTEST) $(PARALLEL) -m "not gpu" $(ARGS)
 
-test-gpu: setup $(LIBRARY)
-	$(PYTEST) -m gpu $(ARGS)
+test-gpu: setup $(INSTALLED)/made
+	$(WITH_WHEEL) $(PYTEST) -m gpu $(ARGS)
 
 # Buildifier's npm package carries the program for every system; Node.js comes from PyPI where there is none.
 $(VENV)/buildifier: | $(BIN)/python

@@ -174,7 +174,8 @@ def test_wheel_works_without_the_source_tree(wheel, tmp_path):
 def test_import_works_without_the_library_and_the_op_says_what_to_do(wheel, tmp_path, break_it, said):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     break_it(tmp_path / "stf" / "ops")
-    used = run("-c", "import stf; print('imported', stf.ops.is_available())\n" + USE_OP, cwd=tmp_path)
+    program = "import stf; print('imported', stf.ops.is_available())\n" + USE_OP
+    used = run("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert "imported False" in used.stdout, used.stderr
     assert "LibraryNotFoundError" in used.stderr and said in used.stderr
     assert "pip install ." in used.stderr
