@@ -1,6 +1,7 @@
-"""Samples from a model, token by token, with caches."""
+"""Samples from a model: caches, a prefix at once, steps, draws; each also for a model of one's own."""
 
+from stf.generation.cache import KeyValueCache
 from stf.generation.decoder import Decoder
-from stf.generation.sampling import draw, generate
+from stf.generation.sampling import Sampler, draw, generate
 
-__all__ = ["Decoder", "draw", "generate"]
+__all__ = ["Decoder", "KeyValueCache", "Sampler", "draw", "generate"]

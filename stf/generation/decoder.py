@@ -1,87 +1,213 @@
-"""A model step by step: each call takes one token and gives the next one's logits."""
+"""A model one position at a time, or a prefix at once: logits and caches, as functions that a graph's loop can call."""
 
-import numpy as np
+import math
+
 import tensorflow as tf
 
+from stf.generation.cache import KeyValueCache
+from stf.generation.sampling import draw
+from stf.layers.block import BlockWeights
 from stf.layers.validation import positive
+
+UNROLLED = 8  # blocks of a model up to which they are run without a loop
 
 
 class Decoder:
-    """Runs a `SparseTransformer` one position at a time, keeping each block's keys and values.
+    """Runs a `SparseTransformer` by parts, with caches of as much as its patterns still read.
 
-    A step reads of the cache only the keys that the pattern gives the position: for strided attention
-    about l + n/l of n. Its logits equal those of the whole sequence up to rounding. Queries, keys, values and
-    softmax are in float32 under every policy (Section 5.5).
+    Prefix and steps are compiled by XLA once for each decoder; it holds no tensors of a sample, so that one decoder
+    serves any number of them. Logits equal those of the whole sequence up to rounding.
 
     Args:
         model: a built `SparseTransformer`.
         batch_size: sequences side by side.
         length: positions to make room for.
+        cache_dtype: of keys and values; the dtype that the model computes in unless given.
+
+    Attributes:
+        caches: a `KeyValueCache` of each of the model's patterns, which its blocks take in turn.
     """
 
-    def __init__(self, model, batch_size, length):
+    def __init__(self, model, batch_size, length, cache_dtype=None):
         length = positive("length", length)
         if length > model.length:
             raise ValueError(f"length must be from 1 to the model's {model.length}. Received: length={length}")
-        self.model = model
-        self.length = length
-        self._blocks = [model.stack.block(index) for index in range(model.num_blocks)]
-        self._caches = []
-        for _ in self._blocks:
-            shapes = [(model.num_heads, length, batch_size, d) for d in (model.key_dim, model.value_dim)]
-            self._caches.append([tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes])
-        distinct = {}
-        # For each block, which of the distinct patterns it has.
-        self._which = [distinct.setdefault(block.pattern, len(distinct)) for block in self._blocks]
-        self._patterns = list(distinct)
-        heads = range(model.num_heads)
-        self._most = [max(1, *(int(p.counts(length, h).max()) for h in heads)) for p in self._patterns]
-        self._step = tf.function(self._run, reduce_retracing=True)
+        self.model, self.length = model, length
+        self.batch_size = positive("batch_size", batch_size)
+        self.cache_dtype = tf.as_dtype(cache_dtype or model.compute_dtype)
+        stack = model.stack
+        self._period = stack.period
+        self._periods = model.num_blocks // self._period
+        self.caches = [
+            KeyValueCache(
+                stack.pattern(k),
+                model.num_heads,
+                length,
+                model.key_dim,
+                model.value_dim,
+                layers=len(range(k, model.num_blocks, self._period)),
+            )
+            for k in range(self._period)
+        ]
+        self._prefill = tf.function(self._fill, jit_compile=True)
+        self._one_step = tf.function(self._step, jit_compile=True)
+        self._several = tf.function(self._draw, jit_compile=True)
 
-    def keys(self, position):
-        """For each distinct pattern, int32 `[head, most keys]`: what `position` attends to, then -1."""
-        tables = []
-        for pattern, most in zip(self._patterns, self._most, strict=True):
-            table = np.full((self.model.num_heads, most), -1, np.int32)
-            for head in range(self.model.num_heads):
-                keys = pattern.keys(position, head)
-                table[head, : len(keys)] = keys
-            tables.append(table)
-        return tables
+    @property
+    def bytes(self):
+        """Bytes of the caches of a batch."""
+        return sum(cache.bytes(self.batch_size, self.cache_dtype) for cache in self.caches)
 
-    def _run(self, token, position, tables):
-        model = self.model
-        x = model.embedding.step(token, position)
-        for block, cache, which in zip(self._blocks, self._caches, self._which, strict=True):
-            x += self._attend(block, x, cache, position, tables[which])
-            x += block.feed_forward_output(block.hidden(x))
-        return model.logits(tf.cast(model.final_norm(x), model.logits.compute_dtype))[:, 0]
+    def zeros(self):
+        """The state before the first position: a list, for each cache, of its tensors."""
+        return [cache.zeros(self.batch_size, self.cache_dtype) for cache in self.caches]
 
-    @staticmethod
-    def _attend(block, x, cache, position, keys):
-        """Attention of the query at `position`, whose key and value the cache takes first."""
-        projected = block.split(block.query_key_value(x))
-        query, key, value = (tf.cast(part[:, 0], tf.float32) for part in projected)
-        key_cache, value_cache = cache  # [head, position, batch, depth]
-        key_cache[:, position].assign(tf.transpose(key, [1, 0, 2]))
-        value_cache[:, position].assign(tf.transpose(value, [1, 0, 2]))
-        index = tf.maximum(keys, 0)
-        key = tf.gather(tf.convert_to_tensor(key_cache), index, axis=1, batch_dims=1)
-        value = tf.gather(tf.convert_to_tensor(value_cache), index, axis=1, batch_dims=1)
-        scores = tf.einsum("bhd,hkbd->bhk", query, key) / block.key_dim**0.5
-        valid = (keys >= 0)[None]
-        weights = tf.where(valid, tf.nn.softmax(tf.where(valid, scores, -1e30)), 0)
-        heads = tf.einsum("bhk,hkbd->bhd", weights, value)
-        return block.combine(tf.cast(heads[:, None], x.dtype))
-
-    def step(self, token, position):
-        """Logits `[batch, vocab_size]` of the token at `position`.
+    def prefill(self, tokens):
+        """The state when a prefix has been read, in one pass over all of its positions.
 
         Args:
+            tokens: integers `[batch, position]`, of which there may be none.
+
+        Returns:
+            The state at position `tokens.shape[1]`.
+        """
+        count = tokens.shape[1]
+        if count == 0:
+            return self.zeros()
+        padded = tf.pad(tf.cast(tokens, tf.int32), [[0, 0], [0, self._padded(count) - count]])
+        return self._prefill(padded, tf.constant(count))
+
+    def step(self, state, token, position):
+        """One position: its logits `[batch, vocab_size]`, and the state behind it.
+
+        Args:
+            state: what the positions before left.
             token: int32 `[batch]`, the token before it; at position 0 it does not matter.
-            position: from 0, each in turn.
+            position: from 0.
         """
         if not 0 <= position < self.length:
             raise ValueError(f"position must be from 0 to {self.length - 1}. Received: position={position}")
-        tables = [tf.constant(table) for table in self.keys(position)]
-        return self._step(tf.convert_to_tensor(token, tf.int32), tf.constant(position, tf.int32), tables)
+        return self._one_step(state, tf.convert_to_tensor(token, tf.int32), tf.constant(position, tf.int32))
+
+    def draw(
+        self, state, token, ended, position, count, seed, temperature=1.0, top_k=None, top_p=None, stop=(), most=64
+    ):
+        """Draws tokens one after another, without Python between them.
+
+        Args:
+            state: what the positions before left.
+            token: int32 `[batch]`, the token before.
+            ended: bool `[batch]`, of which samples the end has been drawn: they repeat their last token.
+            position: of the first token to draw.
+            count: of tokens, `most` or fewer.
+            seed: of the draws.
+            temperature, top_k, top_p: see `draw`.
+            stop: tokens behind which a sample ends.
+            most: for how many the function is compiled.
+
+        Returns:
+            Tokens `[batch, most]`; how many of each row were drawn, fewer than `count` where all samples have ended;
+            which samples have ended; the state.
+        """
+        filters = top_k is not None or top_p is not None
+        return self._several(
+            state,
+            tf.convert_to_tensor(token, tf.int32),
+            tf.convert_to_tensor(ended, tf.bool),
+            tf.constant(position, tf.int32),
+            tf.constant(count, tf.int32),
+            tf.constant(seed, tf.int64),
+            tf.constant(temperature, tf.float32),
+            tf.constant(self.model.vocab_size if top_k is None else top_k, tf.int32),
+            tf.constant(1.0 if top_p is None else top_p, tf.float32),
+            tf.constant(list(stop), tf.int32),
+            filters,
+            most,
+        )
+
+    def _padded(self, count):
+        """Positions that a prefix is padded to: few are compiled, and a layout of blocks serves only its own."""
+        for n in (*(math.ceil(self.length / part) for part in (8, 4, 2, 1)), self.model.length):
+            if n >= count and all(serves(self.model.stack.pattern(k), n) for k in range(self._period)):
+                return n
+        raise ValueError(
+            f"the model's patterns must serve its length={self.model.length}. Received: {self.model.patterns}"
+        )
+
+    def _over_blocks(self, run, x, state):
+        """`run(block, cache, layer, x, tensors)`, which gives `x` and tensors, for all blocks in turn."""
+        stack, weights, state = self.model.stack, self.model.stack.stacked_weights(), list(state)
+        looped = self._periods if self.model.num_blocks > UNROLLED and self._periods > 1 else 0
+
+        def one(i, k, x, state):
+            of_block = BlockWeights(*(weight[i * self._period + k] for weight in weights))
+            x, state[k] = run(stack.make_block(k, of_block), self.caches[k], i, x, state[k])
+            return x, state
+
+        if looped:
+
+            def body(i, x, state):
+                for k in range(self._period):
+                    x, state = one(i, k, x, list(state))
+                return i + 1, x, state
+
+            _, x, state = tf.while_loop(lambda i, *_: i < looped, body, (0, x, state), maximum_iterations=looped)
+        for index in range(looped * self._period, self.model.num_blocks):
+            x, state = one(*divmod(index, self._period), x, list(state))
+        return x, state
+
+    def _logits(self, x):
+        model = self.model
+        return model.logits(tf.cast(model.final_norm(x), model.logits.compute_dtype))
+
+    def _step(self, state, token, position):
+        def run(block, cache, layer, x, tensors):
+            query, key, value = (part[:, 0] for part in block.split(block.query_key_value(x)))
+            tensors = cache.write(tensors, key, value, position, layer)
+            heads = cache.attend(tensors, query, position, layer=layer)
+            x = block.add_attention(x, heads[:, None])
+            return block.add_feed_forward(x, block.hidden(x)), tensors
+
+        x, state = self._over_blocks(run, self.model.embedding.step(token, position), state)
+        return self._logits(x)[:, 0], state
+
+    def _fill(self, tokens, count):
+        def run(block, cache, layer, x, tensors):
+            projected = block.query_key_value(x)
+            _, key, value = block.split(projected)
+            filled = cache.fill(tf.cast(key, self.cache_dtype), tf.cast(value, self.cache_dtype), count)
+            tensors = [
+                tf.tensor_scatter_nd_update(tf.reshape(all_layers, [cache.layers, *one.shape]), [[layer]], one[None])
+                for all_layers, one in zip(tensors, filled, strict=True)
+            ]
+            x = block.add_attention(x, block.attend(projected)[0])
+            tensors = [tf.reshape(x, [-1, *x.shape[2:]]) for x in tensors]
+            return block.add_feed_forward(x, block.hidden(x)), tensors
+
+        return self._over_blocks(run, self.model.embedding(tokens), self.zeros())[1]
+
+    def _draw(self, state, token, ended, position, count, seed, temperature, top_k, top_p, stop, filters, most):
+        def going_on(drawn, token, ended, *_):
+            return (drawn < count) & ~tf.reduce_all(ended)
+
+        def one(drawn, token, ended, tokens, state):
+            at = position + drawn
+            logits, state = self._step(state, token, at)
+            of_position = tf.stack([seed, tf.cast(at, tf.int64)])
+            new = draw(logits, temperature, of_position, *((top_k, top_p) if filters else ()))
+            new = tf.where(ended, token, new)
+            ended |= tf.reduce_any(new[:, None] == stop, 1)
+            return drawn + 1, new, ended, tf.tensor_scatter_nd_update(tokens, [[drawn]], new[None]), state
+
+        tokens = tf.zeros([most, self.batch_size], tf.int32)
+        drawn, _, ended, tokens, state = tf.while_loop(going_on, one, (0, token, ended, tokens, state))
+        return tf.transpose(tokens), drawn, ended, state
+
+
+def serves(pattern, length):
+    """Whether a pattern takes sequences of a length."""
+    try:
+        pattern.check_positions(length)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Draws tokens from a decoder's logits."""
+"""Draws tokens from logits, and samples from a model."""
 
 import numbers
 
@@ -6,74 +6,202 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stf.generation.decoder import Decoder
 from stf.layers.validation import positive, seed_or_none
 
 
 def draw(logits, temperature, seed, top_k=None, top_p=None):
-    """One token for each row of logits.
+    """One token for each row of logits, by the largest of logits plus Gumbel noise.
+
+    The noise of a row follows from `seed` and the row's number alone: it is the same on every device, compiled or not.
 
     Args:
         logits: `[batch, vocab_size]`.
-        temperature: divides the logits; 0 takes the likeliest token.
-        seed: int32 `[2]`.
-        top_k: draw from the k likeliest tokens only.
+        temperature: divides the logits, a number or a scalar tensor; 0 takes the likeliest token.
+        seed: integers `[2]`.
+        top_k: draw from the k likeliest tokens only, an int or a scalar tensor.
         top_p: draw from the fewest likeliest tokens whose probabilities (after `temperature` and `top_k`) add up to
             p or more.
 
     Returns:
         int32 `[batch]`.
     """
-    if temperature == 0:
-        return tf.argmax(logits, -1, output_type=tf.int32)
-    logits = logits / temperature
-    if top_k is not None:
-        least = tf.math.top_k(logits, top_k).values[:, -1:]
-        logits = tf.where(logits < least, -float("inf"), logits)
-    if top_p is not None:
-        ordered = tf.sort(logits, direction="DESCENDING")
-        likelier = tf.cumsum(tf.nn.softmax(ordered), exclusive=True, axis=-1)  # than each, in all
-        least = tf.reduce_min(tf.where(likelier < top_p, ordered, float("inf")), -1, keepdims=True)
-        logits = tf.where(logits < least, -float("inf"), logits)
-    return tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)[:, 0]
+    logits = tf.cast(logits, tf.float32)
+    likeliest = tf.argmax(logits, -1, output_type=tf.int32)
+    temperature = tf.cast(temperature, tf.float32)
+    scaled = logits / tf.where(temperature > 0, temperature, 1.0)
+    if top_k is not None or top_p is not None:
+        ordered = tf.sort(scaled, direction="DESCENDING")
+        least = ordered[:, -1:] if top_k is None else tf.gather(ordered, [top_k - 1], axis=1)
+        if top_p is not None:
+            kept = tf.where(ordered < least, -np.inf, ordered)
+            likelier = tf.cumsum(tf.nn.softmax(kept), exclusive=True, axis=-1)  # than each, in all
+            among = tf.reduce_min(tf.where(likelier < top_p, ordered, np.inf), -1, keepdims=True)
+            least = tf.maximum(least, among)
+        scaled = tf.where(scaled < least, -np.inf, scaled)
+    uniform = tf.random.stateless_uniform(
+        tf.shape(logits), tf.cast(seed, tf.int64), minval=np.finfo(np.float32).tiny, alg="philox"
+    )
+    drawn = tf.argmax(scaled - tf.math.log(-tf.math.log(uniform)), -1, output_type=tf.int32)
+    return tf.where(temperature > 0, drawn, likeliest)
 
 
-def generate(
-    model, batch_size=1, temperature=1.0, prefix=None, length=None, seed=None, top_k=None, verbose=1, top_p=None
-):
+class Sampler:
+    """Samples of a `SparseTransformer` that are drawn bit by bit: as many tokens at a time as one likes.
+
+    A token depends on the seed, its position and the tokens before it, not on how many are drawn at a time. What was
+    drawn stays when drawing is interrupted, and the next call goes on; a new sampler goes on from another's `tokens` as
+    a prefix (in another process too), to rounding.
+
+    Example:
+        >>> sampler = stf.generation.Sampler(model, batch_size=2, seed=1)
+        >>> while not sampler.done:
+        ...     show(sampler.draw(100))
+
+    Args:
+        model: a `SparseTransformer`.
+        batch_size: number of samples, where no prefix says it.
+        temperature: divides the logits; 0 takes the likeliest token.
+        prefix: integer tokens `[position]` or `[batch, position]` that the samples begin with.
+        length: tokens of a sample, the prefix included; the model's unless given.
+        seed: of the draws, an int from 0 to 2**32 - 1; another at every call unless given.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the fewest likeliest tokens whose probabilities add up to p or more.
+        stop: a token or several: a sample ends behind the first that it draws, and repeats it from there on.
+        cache_dtype: of the keys and values that are kept; the dtype that the model computes in unless given.
+
+    Attributes:
+        tokens: int32 `[batch, position]`, the prefix and what was drawn, a NumPy array.
+        done: whether all samples have ended or are as long as they get.
+        cache_bytes: bytes of the keys and values that are kept.
+
+    Raises:
+        ValueError: an argument that does not fit; names it.
+    """
+
+    def __init__(
+        self,
+        model,
+        batch_size=1,
+        temperature=1.0,
+        prefix=None,
+        length=None,
+        seed=None,
+        top_k=None,
+        top_p=None,
+        stop=None,
+        cache_dtype=None,
+    ):
+        length = model.length if length is None else positive("length", length)
+        seed = seed_or_none(seed)
+        self._check(model, temperature, top_k, top_p)
+        self.tokens = _prefix(prefix, positive("batch_size", batch_size), length, model.vocab_size)
+        stop = _stop(stop, model.vocab_size)
+        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        self._options = dict(seed=seed, temperature=float(temperature), top_k=top_k, top_p=top_p, stop=stop)
+        self.length = length
+        self._decoder = _decoder_of(model, len(self.tokens), length, cache_dtype)
+        self._state = None
+        self._ended = np.zeros(len(self.tokens), bool)
+
+    @property
+    def done(self):
+        """Whether nothing is left to draw."""
+        return self.tokens.shape[1] == self.length or bool(np.all(self._ended))
+
+    @property
+    def cache_bytes(self):
+        """Bytes of the keys and values that are kept."""
+        return self._decoder.bytes
+
+    def draw(self, count):
+        """Draws up to `count` tokens more of each sample.
+
+        Returns:
+            What was drawn, int32 `[batch, position]`: fewer positions where all samples have ended, or are as long as
+            they get.
+        """
+        begin = self.tokens.shape[1]
+        end = min(begin + positive("count", count), self.length)
+        while self.tokens.shape[1] < end and not self.done:
+            self._draw(min(CHUNK, end - self.tokens.shape[1]))
+        return self.tokens[:, begin:]
+
+    def _draw(self, count):
+        position = self.tokens.shape[1]
+        if self._state is None:
+            self._state = self._decoder.prefill(self.tokens)
+        before = self.tokens[:, -1] if position else np.zeros(len(self.tokens), np.int32)
+        tokens, drawn, ended, state = self._decoder.draw(
+            self._state, before, self._ended, position, count, most=CHUNK, **self._options
+        )
+        # All at once, so that an interruption finds the one or the other.
+        self._state, self._ended, self.tokens = (
+            state,
+            ended.numpy(),
+            np.concatenate([self.tokens, tokens[:, : int(drawn)].numpy()], 1),
+        )
+
+    @staticmethod
+    def _check(model, temperature, top_k, top_p):
+        if not isinstance(temperature, numbers.Real) or not 0 <= temperature < np.inf:
+            raise ValueError(f"temperature must be a number, 0 or more. Received: temperature={temperature!r}")
+        if top_k is not None and positive("top_k", top_k) > model.vocab_size:
+            raise ValueError(f"top_k must be from 1 to {model.vocab_size}. Received: top_k={top_k!r}")
+        if top_p is not None and not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):
+            raise ValueError(f"top_p must be above 0 and at most 1. Received: top_p={top_p!r}")
+
+
+CHUNK = 64  # tokens that one call of the compiled loop draws at the most
+DECODERS = 8  # of a model that are kept, each for a batch size and a length
+
+
+def generate(model, verbose=1, callback=None, **arguments):
     """Samples of a `SparseTransformer`; see its method of the same name."""
-    length = model.length if length is None else positive("length", length)
-    seed = seed_or_none(seed)
-    if not isinstance(temperature, numbers.Real) or not temperature >= 0:
-        raise ValueError(f"temperature must be a number, 0 or more. Received: temperature={temperature!r}")
-    top_k = None if top_k is None else positive("top_k", top_k)
-    if top_k is not None and top_k > model.vocab_size:
-        raise ValueError(f"top_k must be from 1 to {model.vocab_size}. Received: top_k={top_k!r}")
-    if top_p is not None and not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):
-        raise ValueError(f"top_p must be above 0 and at most 1. Received: top_p={top_p!r}")
-    prefix = _prefix(prefix, positive("batch_size", batch_size), length, model.vocab_size)
+    sampler = Sampler(model, **arguments)
+    if verbose == 2:
+        print(f"caches: {sampler.cache_bytes:,} bytes for {len(sampler.tokens)} sequences of {sampler.length} tokens")
+    bar = keras.utils.Progbar(sampler.length, unit_name="token") if verbose else None
+    while not sampler.done:
+        drawn = sampler.draw(CHUNK)
+        if callback is not None:
+            callback(drawn)
+        if bar:
+            bar.update(sampler.tokens.shape[1], finalize=sampler.done)
+    return sampler.tokens
+
+
+def _decoder_of(model, batch_size, length, cache_dtype):
+    """The model's decoder for these sizes: made, traced and compiled once."""
+    from stf.generation.decoder import Decoder
+
     if not model.built:
         model.build((None, length))
-    seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-    decoder = Decoder(model, len(prefix), length)
-    tokens = np.zeros((len(prefix), length), np.int32)
-    tokens[:, : prefix.shape[1]] = prefix
-    bar = keras.utils.Progbar(length, unit_name="token") if verbose else None
-    for position in range(length):
-        logits = decoder.step(tokens[:, position - 1], position)
-        if position >= prefix.shape[1]:
-            tokens[:, position] = draw(logits, temperature, [seed, position], top_k, top_p)
-        if bar:
-            bar.update(position + 1)
-    return tokens
+    decoders = model.__dict__.setdefault("_decoders_by_size", {})
+    key = batch_size, length, tf.as_dtype(cache_dtype or model.compute_dtype).name, model.compute_dtype
+    decoder = decoders.pop(key, None) or Decoder(model, batch_size, length, cache_dtype)
+    decoders[key] = decoder  # the latest last
+    if len(decoders) > DECODERS:
+        del decoders[next(iter(decoders))]
+    return decoder
+
+
+def _stop(stop, vocab_size):
+    """Tokens that end a sample, a tuple of ints."""
+    tokens = [] if stop is None else np.atleast_1d(np.asarray(stop))
+    for token in tokens:
+        if np.asarray(token).dtype.kind not in "iu" or not 0 <= token < vocab_size:
+            raise ValueError(f"stop must be tokens from 0 to {vocab_size - 1}. Received: stop={stop!r}")
+    return tuple(int(token) for token in tokens)
 
 
 def _prefix(prefix, batch_size, length, vocab_size):
     """The tokens that samples begin with, int32 `[batch, position]`; ValueError where they are none."""
     prefix = np.zeros((batch_size, 0), np.int32) if prefix is None else np.asarray(prefix)
+    if prefix.ndim == 1:
+        prefix = np.tile(prefix, (batch_size, 1))
     if prefix.ndim != 2 or prefix.shape[1] > length:
         raise ValueError(
-            f"prefix must be [batch, position] with at most {length} positions. "
+            f"prefix must be [position] or [batch, position] with at most {length} positions. "
             f"Received: prefix of shape {prefix.shape}"
         )
     if prefix.size and prefix.dtype.kind not in "iu":

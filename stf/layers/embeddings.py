@@ -124,7 +124,7 @@ class SequenceEmbedding(keras.layers.Layer):
         vector = tf.gather(self.tokens.value, token)  # [batch, model_dim]
         for k, table in enumerate(self.places):
             index = before // math.prod(self.position_shape[k + 1 :]) % self.position_shape[k]
-            vector += table.value[index]
+            vector += tf.gather(table.value, index)
         vector = tf.where(tf.equal(position, 0), self.start.value, vector)
         return tf.cast(vector, self.compute_dtype)[:, None]
 

@@ -156,14 +156,14 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
 
             return tf.stack([tf.concat([one(k, part) for part in range(len(shapes))], -1) for k in range(shape[0])])
 
-        # Not cast by Keras: `_weights` casts, after what is to be computed in float32.
+        # Not cast by Keras: `stacked_weights` casts, after what is to be computed in float32.
         shape = (self.num_blocks, *shapes[0][:-1], sum(part[-1] for part in shapes))
         variable = self.add_weight(name=name, shape=shape, initializer=draw, autocast=False)
         variable.stacked_axes = 1  # what a recipe asks of a weight's rank, it asks of a block's own: see stf.training
         return variable
 
-    def _weights(self, index=None):
-        """`BlockWeights` of all blocks, or of one; kernels in the dtype that is computed in."""
+    def stacked_weights(self, index=None):
+        """`stf.layers.block.BlockWeights` of all blocks `[block, ...]`, or of one; kernels in the dtype computed in."""
         w = {
             name: tf.convert_to_tensor(variable.value) if index is None else variable.value[index]
             for name, variable in self._stacked.items()
@@ -182,9 +182,10 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         For looking at a block, and for running blocks one by one (generation, attention maps).
         """
         self._check_index(index)
-        return self._block(index, self._weights(index))
+        return self.make_block(index, self.stacked_weights(index))
 
-    def _block(self, index, weights):
+    def make_block(self, index, weights):
+        """Block `index` of `BlockWeights` that are at hand, such as slices of `stacked_weights`."""
         return Block(
             weights, self.pattern(index), self.num_heads, self.key_dim, self.value_dim, self.dropout, self.epsilon
         )
@@ -255,7 +256,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
     def call(self, inputs, training=None):
         drops = training and self.seed_generator is not None
         seed = next_seed(self.seed_generator) if drops else None
-        weights = self._weights()
+        weights = self.stacked_weights()
         if training and self._runs_as_one_op(inputs):
             return ops.residual_stack(
                 inputs,
@@ -268,7 +269,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
                 self.epsilon,
                 self.recompute,
             )
-        run = ResidualLoop(self._block, weights, self.period, self.recompute, seed)
+        run = ResidualLoop(self.make_block, weights, self.period, self.recompute, seed)
         return run.differentiable(inputs) if training else run(inputs)
 
     def _runs_as_one_op(self, inputs):

@@ -252,25 +252,47 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         top_k=None,
         verbose=1,
         top_p=None,
+        stop=None,
+        callback=None,
+        cache_dtype=None,
     ):
-        """Draws samples, or completes prefixes, one token after another, with caches.
+        """Draws samples, or completes prefixes: the prefix in one pass, then one token after another, with caches.
+
+        The loop over tokens is compiled, once for each batch size and length. See `stf.generation.Sampler` for drawing
+        bit by bit.
 
         Args:
             batch_size: number of samples, where no prefix says it.
             temperature: divides the logits; 0 takes the likeliest token.
-            prefix: integer tokens `[batch, position]` that the samples begin with.
+            prefix: integer tokens `[position]` or `[batch, position]` that the samples begin with.
             length: tokens of a sample, the prefix included; the model's unless given.
             seed: of the draws, an int from 0 to 2**32 - 1; the same seed draws the same samples.
             top_k: draw from the k likeliest tokens only.
-            verbose: 1 shows a progress bar.
+            verbose: 1 shows a progress bar, 2 also says how many bytes the caches have.
             top_p: draw from the fewest likeliest tokens whose probabilities add up to p or more.
+            stop: a token or several: a sample ends behind the first that it draws, and repeats it from there on.
+            callback: function that is given what was drawn, int32 `[batch, position]`, every so many tokens.
+            cache_dtype: of the keys and values that are kept; the dtype that the model computes in unless given.
 
         Returns:
-            int32 NumPy array `[batch, length]`.
+            int32 NumPy array `[batch, length]`; with `stop` as long as the longest sample.
         """
         from stf.generation import generate
 
-        return generate(self, batch_size, temperature, prefix, length, seed, top_k, verbose, top_p)
+        return generate(
+            self,
+            verbose,
+            callback,
+            batch_size=batch_size,
+            temperature=temperature,
+            prefix=prefix,
+            length=length,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            cache_dtype=cache_dtype,
+        )
 
     def get_config(self):
         """The constructor's arguments."""

@@ -49,7 +49,11 @@ def tokens(batch=2):
 
 def stepwise(model, x):
     decoder = Decoder(model, len(x), x.shape[1])
-    return np.stack([decoder.step(x[:, t - 1], t).numpy() for t in range(x.shape[1])], axis=1)
+    state, found = decoder.zeros(), []
+    for t in range(x.shape[1]):
+        logits, state = decoder.step(state, x[:, t - 1], t)
+        found.append(logits.numpy())
+    return np.stack(found, axis=1)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -168,4 +172,4 @@ def test_decoder_refuses_positions_outside_its_room():
             Decoder(model, 1, length)
     decoder = Decoder(model, 1, 4)
     with pytest.raises(ValueError, match="position=4"):
-        decoder.step([0], 4)
+        decoder.step(decoder.zeros(), [0], 4)

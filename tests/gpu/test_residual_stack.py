@@ -104,7 +104,7 @@ def test_an_empty_batch():
 
 def test_refusals():
     stack = stack_of("strided", "mixed_bfloat16", True)
-    weights = stack._weights()
+    weights = stack.stacked_weights()
     arguments = ([patterns.Local(24)], 2, 16)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"input must be \[batch, position, width\]"):
         ops.residual_stack(tf.zeros([2, 64], tf.bfloat16), weights, None, *arguments)

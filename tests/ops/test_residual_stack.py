@@ -101,7 +101,7 @@ def test_shapes_and_gradients_are_known_before_it_runs(monkeypatch):
     def step(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            output = residual_stack(x, stack._weights(), tf.constant([1, 2]), [patterns.Local(4)], 2, 16, 0.1)
+            output = residual_stack(x, stack.stacked_weights(), tf.constant([1, 2]), [patterns.Local(4)], 2, 16, 0.1)
         return output, tape.gradient(output, [x, *stack.trainable_variables])
 
     graph = tf.function(step).get_concrete_function(tf.TensorSpec([2, None, 64], tf.bfloat16))
@@ -138,7 +138,7 @@ def test_gradients_of_the_op_reach_their_weights(eager, monkeypatch):
     def forward(stream, *weights_and_seed, **attributes):
         assert attributes["keep"] == 0 and attributes["drop_below"] == 2**30
         *weights, seed = weights_and_seed
-        output = ResidualLoop(stack._block, BlockWeights(*weights), 1, True, seed)(stream)
+        output = ResidualLoop(stack.make_block, BlockWeights(*weights), 1, True, seed)(stream)
         kept_by_eager.append(stream)
         return output, stream, tf.zeros([0])
 
@@ -146,7 +146,7 @@ def test_gradients_of_the_op_reach_their_weights(eager, monkeypatch):
         *weights, seed = weights_and_seed
         with tf.GradientTape() as tape:
             tape.watch([stream, *weights])
-            output = ResidualLoop(stack._block, BlockWeights(*weights), 1, True, seed)(stream)
+            output = ResidualLoop(stack.make_block, BlockWeights(*weights), 1, True, seed)(stream)
         return tape.gradient(output, [stream, *weights], upstream)
 
     def step(x):

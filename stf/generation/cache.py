@@ -1,0 +1,184 @@
+"""The keys and values that a pattern's later queries still read, as tensors that a loop in a graph carries."""
+
+import numpy as np
+import tensorflow as tf
+
+from stf.generation.slots import slots_of
+from stf.layers.validation import positive
+
+
+class KeyValueCache:
+    """Caches of an attention layer that is run one position at a time, or of several that have one pattern.
+
+    The state is a list of tensors, so that it can go through `tf.while_loop`, under XLA too. Each of a pattern's
+    components (see `stf.patterns`) has as much room as its later queries still read:
+
+    | component | positions kept of n | read by a step |
+    |---|---|---|
+    | causal | n | n |
+    | local, window w | w + 1, a ring | w + 1 |
+    | strided l | n, each residue's by itself | n / l |
+    | own block l | l, a ring | l |
+    | summary, c columns of l | c n / l | c n / l |
+    | block layout | the most that rows still ask for at a time | the most blocks of a row |
+
+    Example:
+        >>> cache = stf.generation.KeyValueCache(stf.patterns.Local(2), num_heads=1, length=8, key_dim=4, value_dim=4)
+        >>> state = cache.zeros(batch_size=1)
+        >>> query = key = value = tf.ones([1, 1, 4])
+        >>> for position in range(8):
+        ...     state = cache.write(state, key, value, position)
+        ...     output = cache.attend(state, query, position)
+
+    Args:
+        pattern: a `stf.patterns.Pattern`.
+        num_heads: heads of the attention.
+        length: positions to make room for.
+        key_dim: depth of a head's query and key.
+        value_dim: depth of a head's value.
+        layers: how many layers' caches lie side by side in the state; `layer` of the methods says which is meant, an
+            int or a scalar tensor.
+
+    Raises:
+        ValueError: an argument that does not fit; names it.
+    """
+
+    def __init__(self, pattern, num_heads, length, key_dim, value_dim, layers=1):
+        self.num_heads = positive("num_heads", num_heads)
+        self.length = positive("length", length)
+        self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
+        self.layers = positive("layers", layers)
+        pattern.check_heads(num_heads)
+        of_heads = [pattern.components(head) for head in range(num_heads)]
+        period = next(p for p in range(1, num_heads + 1) if of_heads == (of_heads[:p] * num_heads)[:num_heads])
+        # Heads h, h + period, ... share their components.
+        self._programs = [[slots_of(part, of_heads[h], self.length) for part in of_heads[h]] for h in range(period)]
+
+    @property
+    def slots(self):
+        """Positions that are kept of each head, of one layer: a list of ints."""
+        of_program = [sum(part.slots for part in parts) for parts in self._programs]
+        return [of_program[head % len(of_program)] for head in range(self.num_heads)]
+
+    def bytes(self, batch_size, dtype="float32"):
+        """Bytes of a state."""
+        per_slot = (self.key_dim + self.value_dim) * tf.as_dtype(dtype).size
+        return self.layers * batch_size * sum(self.slots) * per_slot
+
+    def zeros(self, batch_size, dtype="float32"):
+        """A state in which nothing was written: a list of tensors `[layers * slot, batch, head, depth]`."""
+        return [tf.zeros(shape, dtype) for shape in self.shapes(batch_size)]
+
+    def shapes(self, batch_size):
+        """Shapes of a state's tensors."""
+        shapes = []
+        for program, parts in enumerate(self._programs):
+            heads = len(range(program, self.num_heads, len(self._programs)))
+            for part in parts:
+                shapes += [
+                    (self.layers * part.slots, batch_size, heads, depth) for depth in (self.key_dim, self.value_dim)
+                ]
+        return shapes
+
+    def write(self, state, key, value, position, layer=0):
+        """The state with a position's key and value.
+
+        Args:
+            state: of this cache, which no one else may use any more.
+            key: `[batch, head, key_dim]`.
+            value: `[batch, head, value_dim]`.
+            position: int or int32 scalar; the positions before it have been written.
+            layer: see the class.
+
+        Returns:
+            The new state.
+        """
+        written = []
+        for heads, part, keys, values in self._parts(state):
+            slot = layer * part.slots + part.slot(position)
+            for tensor, new in ((keys, key), (values, value)):
+                new = tf.cast(new[:, heads], tensor.dtype)
+                if part.leaves_out:
+                    new = tf.where(part.keeps(position), new, tf.gather(tensor, slot))
+                written.append(tf.tensor_scatter_nd_update(tensor, [[slot]], new[None]))
+        return written
+
+    def fill(self, key, value, count):
+        """A state, of one layer, of the first `count` positions at once.
+
+        Args:
+            key: `[batch, position, head, key_dim]`, of `count` positions or more: what is behind them is not looked at.
+            value: `[batch, position, head, value_dim]`, the same.
+            count: int or int32 scalar.
+
+        Returns:
+            The state, in the dtype of `key` and `value`.
+        """
+        state = []
+        for program, parts in enumerate(self._programs):
+            heads = slice(program, None, len(self._programs))
+            for part in parts:
+                positions = tf.clip_by_value(part.filled(count), 0, tf.shape(key)[1] - 1)
+                for tensor in (key, value):
+                    state.append(tf.transpose(tf.gather(tensor[:, :, heads], positions, axis=1), [1, 0, 2, 3]))
+        return state
+
+    def attend(self, state, query, position, scale=None, layer=0):
+        """Attention of the query at `position`, whose own key and value have been written.
+
+        Scores, softmax and sums are in float32 (Section 5.5; float64 where the query is).
+
+        Args:
+            state: of this cache.
+            query: `[batch, head, key_dim]`.
+            position: int or int32 scalar.
+            scale: factor of the scores, `1 / sqrt(key_dim)` unless given.
+            layer: see the class.
+
+        Returns:
+            `[batch, head, value_dim]`, in the query's dtype; 0 where the query attends to nothing.
+        """
+        exact = tf.float64 if query.dtype == tf.float64 else tf.float32
+        scaled = tf.cast(query, exact) * tf.cast(self.key_dim**-0.5 if scale is None else scale, exact)
+        outputs = []
+        for program in range(len(self._programs)):
+            scores, values = [], []
+            for heads, part, key, value in self._parts(state, program):
+                keys = tf.cast(part.read(key, position, layer), exact)
+                seen = part.seen(position)[:, None, None]
+                score = tf.reduce_sum(scaled[:, heads] * keys, -1)  # [slot, batch, head]
+                scores.append(tf.where(seen, score, tf.constant(-np.inf, exact)))
+                values.append(tf.cast(part.read(value, position, layer), exact))
+            outputs.append(_weighted(scores, values))
+        return tf.cast(_interleaved(outputs, self.num_heads), query.dtype)
+
+    def _parts(self, state, program=None):
+        """Each component's heads, slots, keys and values; of one program or of all."""
+        tensors = iter(state)
+        for number, parts in enumerate(self._programs):
+            heads = slice(number, None, len(self._programs))
+            for part in parts:
+                key, value = next(tensors), next(tensors)
+                if program in (None, number):
+                    yield heads, part, key, value
+
+
+def _weighted(scores, values):
+    """The softmax of all parts' scores, applied to their values: `[batch, head, value_dim]`."""
+    largest = tf.reduce_max(tf.stack([tf.reduce_max(score, 0) for score in scores]), 0)
+    largest = tf.where(tf.math.is_finite(largest), largest, 0.0)
+    total, output = 0.0, 0.0
+    for score, value in zip(scores, values, strict=True):
+        weight = tf.exp(score - largest)
+        total += tf.reduce_sum(weight, 0)
+        # Where nothing was written there may be anything, which 0 does not make 0.
+        output += tf.reduce_sum(tf.where(weight[..., None] > 0, weight[..., None] * value, 0.0), 0)
+    return tf.math.divide_no_nan(output, total[..., None])
+
+
+def _interleaved(outputs, num_heads):
+    """Heads of programs, each of which has every so manieth, in their order: `[batch, head, depth]`."""
+    period = len(outputs)
+    if num_heads % period == 0:
+        return tf.reshape(tf.stack(outputs, 2), [-1, num_heads, outputs[0].shape[-1]])
+    return tf.stack([outputs[head % period][:, head // period] for head in range(num_heads)], 1)
