@@ -1,5 +1,5 @@
-"""Bits for each byte of a whole split (Child et al. 2019, Section 7)."""
+"""Bits for each byte of a whole split (Child et al. 2019, Section 7), and log-likelihoods of single tokens."""
 
-from stf.evaluation.bits import Evaluation, evaluate, in_float32
+from stf.evaluation.bits import Evaluation, evaluate, in_float32, score
 
-__all__ = ["Evaluation", "evaluate", "in_float32"]
+__all__ = ["Evaluation", "evaluate", "in_float32", "score"]

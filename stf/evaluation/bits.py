@@ -8,6 +8,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from stf.layers.validation import positive
+
 
 class Evaluation(NamedTuple):
     """What `evaluate` found.
@@ -37,6 +39,51 @@ def in_float32(model):
     return exact
 
 
+def score(model, tokens, batch_size=16, verbose=0):
+    """The log-likelihood of each token given those before it.
+
+    Args:
+        model: gives logits `[batch, position, vocab_size]` of tokens `[batch, position]`.
+        tokens: integers `[sequence, position]`, or `[position]`.
+        batch_size: sequences that go through the model at a time.
+        verbose: 1 shows a progress bar.
+
+    Returns:
+        float32 NumPy array like `tokens`, in nats; its sum over positions is the sequence's log-likelihood.
+
+    Raises:
+        ValueError: tokens that are none of the model's.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens must be integers [sequence, position] or [position]. "
+            f"Received: tokens of shape {tokens.shape} and dtype {tokens.dtype}"
+        )
+    vocab_size = getattr(model, "vocab_size", np.inf)
+    for token in tokens[(tokens < 0) | (tokens >= vocab_size)].flat[:1]:
+        raise ValueError(f"tokens must be from 0 to {vocab_size - 1}. Received: token {token}")
+    rows = np.atleast_2d(tokens).astype(np.int32)
+    batches = range(0, len(rows), positive("batch_size", batch_size))
+    found = [np.zeros((0, rows.shape[1]), np.float32)]
+    losses_of = _losses_of(model)
+    for begin in tqdm(batches, "scoring", disable=not verbose, unit="batch"):
+        batch = rows[begin : begin + batch_size]
+        found.append(-losses_of(batch, batch).numpy())
+    return np.concatenate(found).reshape(tokens.shape)
+
+
+def _losses_of(model):
+    """The function from tokens and targets to float32 losses in nats."""
+
+    @tf.function(reduce_retracing=True)
+    def losses_of(tokens, targets):
+        logits = tf.cast(model(tokens, training=False), tf.float32)
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+
+    return losses_of
+
+
 def evaluate(model, dataset, verbose=1):
     """Mean bits for each token of a data set.
 
@@ -55,11 +102,7 @@ def evaluate(model, dataset, verbose=1):
         ValueError: nothing counts.
     """
 
-    @tf.function(reduce_retracing=True)
-    def losses_of(tokens, targets):
-        logits = tf.cast(model(tokens, training=False), tf.float32)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-
+    losses_of = _losses_of(model)
     found, total, count, begin = [], 0.0, 0, time.perf_counter()
     size = dataset.cardinality().numpy()
     with tqdm(dataset, "evaluating", total=size if size >= 0 else None, disable=not verbose, unit="batch") as bar:

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from stf.patterns.component import Kind
 
-LARGEST = 2**31 - 1  # parameters may be larger than any position
+LARGEST = 2**31 - 1  # a component's numbers are up to this; their products may be more
 
 
 def slots_of(component, head, length):
@@ -204,17 +204,17 @@ def covers(component, i, j):
     Returns:
         bool `[keys]`.
     """
-    c, a = component, min(component.a, LARGEST)
+    c = component
     if c.kind == Kind.LOCAL:
-        return i - j <= a
+        return i - j <= c.a
     if c.kind == Kind.STRIDED:
-        return ((i - j) % a == 0) & (i - j >= min(c.b * c.a, LARGEST))
+        return ((i - j) % c.a == 0) & (i - j >= min(c.b * c.a, LARGEST))
     if c.kind == Kind.OWN_BLOCK:
-        return j // a == i // a
+        return j // c.a == i // c.a
     if c.kind == Kind.SUMMARY:
-        column = j % a
-        return (column >= min(c.b, LARGEST)) & (column < min(c.c, LARGEST)) & ((j // a < i // a) | bool(c.d))
+        column = j % c.a
+        return (column >= c.b) & (column < c.c) & ((j // c.a < i // c.a) | bool(c.d))
     if c.kind == Kind.BLOCKS:
-        row = tf.gather(c.layout, i // a)
-        return tf.gather(row, tf.clip_by_value(j // a, 0, c.c - 1))
+        row = tf.gather(c.layout, i // c.a)
+        return tf.gather(row, tf.clip_by_value(j // c.a, 0, c.c - 1))
     return tf.ones_like(j, tf.bool)

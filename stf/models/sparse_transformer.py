@@ -294,6 +294,21 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             cache_dtype=cache_dtype,
         )
 
+    def score(self, tokens, batch_size=16, verbose=0):
+        """The log-likelihood of each token given those before it, in nats.
+
+        Args:
+            tokens: integers `[sequence, position]`, or `[position]`.
+            batch_size: sequences that go through the model at a time.
+            verbose: 1 shows a progress bar.
+
+        Returns:
+            float32 NumPy array like `tokens`.
+        """
+        from stf.evaluation import score
+
+        return score(self, tokens, batch_size, verbose)
+
     def get_config(self):
         """The constructor's arguments."""
         return super().get_config() | {

@@ -83,3 +83,27 @@ def test_agrees_with_keras():
     )
     theirs = model.evaluate(batches(x, 3), return_dict=True, verbose=0)["bits_per_dim"]
     assert stf.evaluation.evaluate(model, batches(x, 4), verbose=0).bits == pytest.approx(theirs, abs=1e-5)
+
+
+def test_scores_are_the_losses_of_single_tokens():
+    model = stf.models.SparseTransformer(12, (3, 4), [stf.patterns.Local(3)], 1, 2, 8, vocab_size=7, seed=1)
+    model.logits.kernel.assign(np.random.default_rng(1).normal(size=(8, 7)))
+    tokens = np.random.default_rng(0).integers(0, 7, (5, 12))
+    found = model.score(tokens, batch_size=2)
+    assert found.shape == (5, 12) and found.dtype == np.float32
+    logits = model(tokens).numpy()
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    want = np.log(np.take_along_axis(probabilities, tokens[..., None], -1))[..., 0]
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+    np.testing.assert_array_equal(model.score(tokens[3]), stf.evaluation.score(model, tokens[3:4])[0])
+    assert model.score(tokens[:0]).shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [([[7]], "token 7"), ([[-1]], "token -1"), ([[0.5]], "float64"), ([[[1]]], r"shape \(1, 1, 1\)")],
+)
+def test_scores_of_what_is_no_token_are_refused(tokens, says):
+    model = stf.models.SparseTransformer(12, (3, 4), [stf.patterns.Local(3)], 1, 2, 8, vocab_size=7)
+    with pytest.raises(ValueError, match=says):
+        model.score(tokens)

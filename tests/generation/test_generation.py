@@ -63,7 +63,10 @@ def test_steps_equal_the_whole_sequence(pattern):
     np.testing.assert_allclose(stepwise(model, tokens()), want, atol=2e-6 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.parametrize(("policy", "unit"), [("mixed_bfloat16", 2.0**-8), ("mixed_float16", 2.0**-11)])
+@pytest.mark.parametrize(
+    ("policy", "unit"),
+    [("mixed_bfloat16", 2.0**-8), pytest.param("mixed_float16", 2.0**-11, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_steps_are_as_near_the_truth_as_the_whole_sequence_in_half_precision(pattern, policy, unit):
     exact, model = make([pattern], dtype="float32"), make([pattern], dtype=policy)
