@@ -5,10 +5,11 @@
     python benchmarks/generate.py --growth              # the time of a token against the length, and its picture
 
 Models are untrained: time does not depend on the weights. A row draws 64 tokens at a time behind its prefix; the
-fastest of ten such calls counts (what else runs on the machine only adds), by token and for the whole batch. First: until the first token, compilation in it; prefill:
-the prefix again, compiled. Recompute: one pass over all positions, compiled, which a token costs without a cache.
-Torch (where it is installed): the same model and batch with dense attention over a whole cache, compiled on a GPU, in a
-process of its own. Floor: all weights and what a step reads of the caches, over the copy rate, which is measured first.
+fastest of ten such calls counts (what else runs on the machine only adds), a token of the whole batch. First: until
+the first token, compilation in it; prefill: the prefix again, compiled. Recompute: one pass over all positions,
+compiled, which a token costs without a cache. Torch (of this Python, or of $STF_TORCH_PYTHON): the same model and
+batch with dense attention over a whole cache, compiled, in a process of its own. Floor: all weights and what a step
+reads of the caches, over the copy rate, which is measured first.
 """
 
 import argparse

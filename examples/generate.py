@@ -6,10 +6,16 @@
 
 The output's suffix says what the bytes are: .png is a grid of images, .wav recordings (one file for each sample),
 anything else the bytes themselves, one sample after another.
+
+Ctrl-C or a SIGTERM keeps what was drawn in OUTPUT.partial.npz, and so does every minute; the same command with --resume
+goes on from there.
 """
 
 import os
 import pathlib
+import signal
+import sys
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -30,6 +36,8 @@ flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likelies
 flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
 flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens whose probabilities add up to p.")
 flags.DEFINE_integer("seed", 0, "Of the draws.")
+flags.DEFINE_bool("resume", False, "Go on with what an interrupted run has drawn.")
+flags.DEFINE_bool("overwrite", False, "Write over files that are there.")
 FLAGS = flags.FLAGS
 
 
@@ -42,18 +50,65 @@ def read(path, kind, shape):
     return np.fromfile(path, np.uint8)
 
 
+def paths_of(output):
+    """The files that will be written."""
+    if output.suffix != ".wav":
+        return [output]
+    return [output.with_stem(f"{output.stem}_{index}") for index in range(FLAGS.count)]
+
+
 def write(tokens, output, shape):
-    """Writes samples `[count, position]`; returns the paths."""
+    """Writes samples `[count, position]`."""
     if output.suffix == ".png":
         Image.fromarray(stf.callbacks.drawing.grid(tokens.reshape(-1, *shape))).save(output)
-        return [output]
-    if output.suffix == ".wav":
-        paths = [output.with_stem(f"{output.stem}_{index}") for index in range(len(tokens))]
-        for path, sample in zip(paths, tokens, strict=True):
+    elif output.suffix == ".wav":
+        for path, sample in zip(paths_of(output), tokens, strict=True):
             stf.data.audio.write(path, sample)
-        return paths
-    output.write_bytes(tokens.tobytes())
-    return [output]
+    else:
+        output.write_bytes(tokens.tobytes())
+
+
+def settings():
+    """What an interrupted run and the one that goes on must agree in."""
+    names = ("checkpoint", "count", "prefix", "prefix_length", "length", "temperature", "top_k", "top_p", "seed")
+    return {name: str(FLAGS[name].value) for name in names}
+
+
+def keep(tokens, partial):
+    """Keeps what was drawn, whole whenever the process ends."""
+    fresh = partial.with_suffix(".new.npz")
+    np.savez(fresh, tokens=tokens, **settings())
+    fresh.replace(partial)
+
+
+def drawn_before(partial):
+    """The tokens that an interrupted run has kept."""
+    if not partial.exists():
+        raise app.UsageError(f"--resume goes on with {partial}, which is not there")
+    with np.load(partial) as kept:
+        for name, value in settings().items():
+            if str(kept[name]) != value:
+                raise app.UsageError(
+                    f"--{name} must be {kept[name]}, as {partial} was drawn. Received: --{name}={value}"
+                )
+        return kept["tokens"]
+
+
+def draw(sampler, partial):
+    """Draws all that is left, with a progress bar; keeps it every minute, and when interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    bar, kept = keras.utils.Progbar(sampler.length, unit_name="token"), time.monotonic()
+    try:
+        while not sampler.done:
+            sampler.draw(64)
+            bar.update(sampler.tokens.shape[1])
+            if time.monotonic() > kept + 60:
+                keep(sampler.tokens, partial)
+                kept = time.monotonic()
+    except KeyboardInterrupt:
+        keep(sampler.tokens, partial)
+        drawn = sampler.tokens.shape[1]
+        sys.exit(f"\n{drawn} of {sampler.length} tokens are drawn and kept in {partial}: go on with --resume")
 
 
 def main(_):
@@ -62,12 +117,21 @@ def main(_):
     output = pathlib.Path(FLAGS.output)
     if output.suffix == ".png" and (len(model.position_shape) != 3 or FLAGS.length):
         raise app.UsageError(f"a .png needs a model of images, and whole ones. Received: --output={output}")
+    partial = output.with_name(output.name + ".partial.npz")
+    for path in paths_of(output):
+        if path.exists() and not FLAGS.overwrite:
+            raise app.UsageError(f"{path} is there: --overwrite writes over it")
+    if partial.exists() and not (FLAGS.resume or FLAGS.overwrite):
+        raise app.UsageError(f"{partial} holds an interrupted run: --resume goes on with it, --overwrite begins anew")
     length = FLAGS.length or model.length
     prefix = None
-    if FLAGS.prefix:
+    if FLAGS.resume:
+        prefix = drawn_before(partial)
+    elif FLAGS.prefix:
         tokens = read(FLAGS.prefix, output.suffix, model.position_shape)[: FLAGS.prefix_length or length // 2]
         prefix = np.tile(tokens, (FLAGS.count, 1))
-    drawn = model.generate(
+    sampler = stf.generation.Sampler(
+        model,
         FLAGS.count,
         FLAGS.temperature,
         prefix=prefix,
@@ -77,7 +141,10 @@ def main(_):
         top_p=FLAGS.top_p,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    for path in write(drawn.astype(np.uint8), output, model.position_shape):
+    draw(sampler, partial)
+    write(sampler.tokens.astype(np.uint8), output, model.position_shape)
+    partial.unlink(missing_ok=True)
+    for path in paths_of(output):
         print(f"written: {path}")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -106,3 +107,46 @@ def test_attention_maps_of_a_checkpoint(tmp_path):
     said = example("attention_maps", *flags, f"--output={tmp_path / 'maps.png'}")
     assert f"written: {tmp_path / 'maps.png'}" in said
     assert Image.open(tmp_path / "maps.png").size[0] > 200
+
+
+def generate(folder, *arguments, **options):
+    command = [sys.executable, ROOT / "examples" / "generate.py", f"--checkpoint={folder / 'model.keras'}"]
+    return subprocess.Popen(
+        [*command, f"--output={folder / 'out'}", "--count=2", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_an_interrupted_generation_goes_on_to_the_same_samples(tmp_path):
+    model = stf.models.SparseTransformer(
+        200_000, (500, 400), [stf.patterns.Local(8)], num_blocks=1, num_heads=1, model_dim=8, seed=1
+    )
+    model.logits.kernel.assign(np.random.default_rng(1).normal(size=(8, 256)))
+    model.save(tmp_path / "model.keras")
+    run = generate(tmp_path, "--seed=3")
+    while "token" not in run.stdout.read(200):
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 1 and "go on with --resume" in said and "Traceback" not in said
+    with np.load(tmp_path / "out.partial.npz") as kept:
+        drawn = kept["tokens"]
+    assert 0 < drawn.shape[1] < 200_000 and not (tmp_path / "out").exists()
+    again = generate(tmp_path, "--seed=3").communicate(timeout=120)[1]
+    assert "--resume goes on with it" in again
+    other = generate(tmp_path, "--seed=4", "--resume").communicate(timeout=120)[1]
+    assert "--seed must be 3" in other
+    end = drawn.shape[1] + 300
+    whole = model.generate(2, seed=3, length=end, verbose=0)
+    np.testing.assert_array_equal(whole[:, : drawn.shape[1]], drawn)
+    with np.load(tmp_path / "out.partial.npz") as kept:  # the rest of two hundred thousand would take long
+        np.savez(tmp_path / "out.partial.npz", **{**kept, "length": str(end)})
+    done = generate(tmp_path, "--seed=3", f"--length={end}", "--resume")
+    assert "written:" in done.communicate(timeout=120)[0]
+    found = np.frombuffer((tmp_path / "out").read_bytes(), np.uint8).reshape(2, end)
+    np.testing.assert_array_equal(found, whole)
+    assert not (tmp_path / "out.partial.npz").exists()
+    assert "--overwrite writes over it" in generate(tmp_path).communicate(timeout=120)[1]
