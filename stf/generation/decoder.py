@@ -109,6 +109,11 @@ class Decoder:
             Tokens `[batch, most]`; how many of each row were drawn, fewer than `count` where all samples have ended;
             which samples have ended; the state.
         """
+        if not 0 < count <= most or not 0 <= position <= self.length - count:
+            raise ValueError(
+                f"count must be from 1 to most={most}, and position + count at most {self.length}. "
+                f"Received: position={position}, count={count}"
+            )
         filters = top_k is not None or top_p is not None
         return self._several(
             state,
@@ -181,11 +186,12 @@ class Decoder:
             _, key, value = block.split(projected)
             filled = cache.fill(tf.cast(key, self.cache_dtype), tf.cast(value, self.cache_dtype), count)
             tensors = [
-                tf.tensor_scatter_nd_update(tf.reshape(all_layers, [cache.layers, *one.shape]), [[layer]], one[None])
-                for all_layers, one in zip(tensors, filled, strict=True)
+                tf.reshape(
+                    tf.tensor_scatter_nd_update(tf.reshape(held, [-1, *new.shape]), [[layer]], new[None]), held.shape
+                )
+                for held, new in zip(tensors, filled, strict=True)
             ]
             x = block.add_attention(x, block.attend(projected)[0])
-            tensors = [tf.reshape(x, [-1, *x.shape[2:]]) for x in tensors]
             return block.add_feed_forward(x, block.hidden(x)), tensors
 
         weights = self.model.stack.stacked_weights()

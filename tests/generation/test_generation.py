@@ -126,6 +126,16 @@ def test_top_k_draws_from_the_likeliest_alone():
     assert drawn == likeliest
 
 
+@pytest.mark.parametrize("arguments", [{}, dict(top_k=20), dict(top_p=0.7)], ids=str)
+def test_draws_are_the_same_compiled_or_not(arguments):
+    logits = tf.random.stateless_normal([500, 50], [1, 2]) * 3
+    compiled = tf.function(lambda seed: draw(logits, 0.8, seed, **arguments), jit_compile=True)
+    for seed in ([0, 0], [2**32 - 1, 7], [5, 2**31 - 1]):
+        np.testing.assert_array_equal(draw(logits, 0.8, seed, **arguments), compiled(tf.constant(seed, tf.int64)))
+    first = draw(logits[:100], 0.8, [3, 4], **arguments)  # a row's draw does not depend on how many there are
+    np.testing.assert_array_equal(first, draw(logits, 0.8, [3, 4], **arguments)[:100])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -176,3 +186,6 @@ def test_decoder_refuses_positions_outside_its_room():
     decoder = Decoder(model, 1, 4)
     with pytest.raises(ValueError, match="position=4"):
         decoder.step(decoder.zeros(), [0], 4)
+    for position, count in ((4, 1), (3, 2), (-1, 1), (0, 0), (0, 65)):
+        with pytest.raises(ValueError, match=f"position={position}, count={count}"):
+            decoder.draw(decoder.zeros(), [0], [False], position, count, 1)
