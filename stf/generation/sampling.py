@@ -6,18 +6,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from stf.layers.dropout import random_words
 from stf.layers.validation import positive, seed_or_none
 
 
 def draw(logits, temperature, seed, top_k=None, top_p=None):
     """One token for each row of logits, by the largest of logits plus Gumbel noise.
 
-    The noise of a row follows from `seed` and the row's number alone: it is the same on every device, compiled or not.
+    The noise of a row follows from `seed` and the row's number alone: it is the same on every device, compiled or not,
+    but for the rounding of logarithms.
 
     Args:
         logits: `[batch, vocab_size]`.
         temperature: divides the logits, a number or a scalar tensor; 0 takes the likeliest token.
-        seed: integers `[2]`.
+        seed: integers `[2]`, of which 32 bits count.
         top_k: draw from the k likeliest tokens only, an int or a scalar tensor.
         top_p: draw from the fewest likeliest tokens whose probabilities (after `temperature` and `top_k`) add up to
             p or more.
@@ -38,9 +40,10 @@ def draw(logits, temperature, seed, top_k=None, top_p=None):
             among = tf.reduce_min(tf.where(likelier < top_p, ordered, np.inf), -1, keepdims=True)
             least = tf.maximum(least, among)
         scaled = tf.where(scaled < least, -np.inf, scaled)
-    uniform = tf.random.stateless_uniform(
-        tf.shape(logits), tf.cast(seed, tf.int64), minval=np.finfo(np.float32).tiny, alg="philox"
-    )
+    first, second = tf.unstack(tf.cast(tf.cast(seed, tf.int64) & 0xFFFFFFFF, tf.uint32))
+    words = random_words(tf.shape(logits), first, second)
+    # 23 bits and a half: none is 0 or rounds to 1.
+    uniform = (tf.cast(tf.bitwise.right_shift(words, tf.constant(9, tf.uint32)), tf.float32) + 0.5) * 2.0**-23
     drawn = tf.argmax(scaled - tf.math.log(-tf.math.log(uniform)), -1, output_type=tf.int32)
     return tf.where(temperature > 0, drawn, likeliest)
 

@@ -42,13 +42,25 @@ def stateless_dropout(x, rate, seed):
 
 def keep_mask(shape, rate, seed):
     """Which elements stay: bool of a `shape` of one axis or more, each True with probability `1 - rate`."""
+    words = random_words(shape, *tf.unstack(tf.bitcast(seed, tf.uint32)))
+    return words >= tf.constant(min(round(rate * 2**32), 2**32 - 1), tf.uint32)
+
+
+def random_words(shape, first, second):
+    """Words of 32 random bits, each a hash of its row's number and its column under two words of a seed.
+
+    Args:
+        shape: of one axis or more, int32; the last axis has the columns.
+        first, second: uint32 scalars.
+
+    Returns:
+        uint32 of `shape`; a word does not depend on how many rows or columns there are.
+    """
     shape = tf.convert_to_tensor(shape, tf.int32)
-    first, second = tf.unstack(tf.bitcast(seed, tf.uint32))
     rows = tf.cast(tf.range(tf.reduce_prod(tf.cast(shape[:-1], tf.int64))), tf.uint32)
     rows = _mix(_mix(rows + _mix(first)) ^ _mix(second))
     columns = tf.cast(tf.range(tf.cast(shape[-1], tf.int64)), tf.uint32) * tf.constant(0x9E3779B9, tf.uint32)
-    words = _mix(tf.reshape(rows, tf.concat([shape[:-1], [1]], 0)) + columns)
-    return words >= tf.constant(min(round(rate * 2**32), 2**32 - 1), tf.uint32)
+    return _mix(tf.reshape(rows, tf.concat([shape[:-1], [1]], 0)) + columns)
 
 
 def _mix(word):

@@ -136,6 +136,24 @@ def test_draws_are_the_same_compiled_or_not(arguments):
     np.testing.assert_array_equal(first, draw(logits, 0.8, [3, 4], **arguments)[:100])
 
 
+def test_draws_of_rows_positions_and_seeds_are_independent():
+    """Chi-squared over pairs of draws from 8 tokens: of one row at the next position, the next row, another seed."""
+    logits = tf.math.log(tf.constant([[1.0, 2, 3, 4, 5, 6, 7, 8]]) / 36)
+    rows = tf.tile(logits, [300, 1])
+    compiled = tf.function(lambda seed, position: draw(rows, 1.0, tf.stack([seed, position])), jit_compile=True)
+    positions = [tf.constant(t, tf.int64) for t in range(200)]
+    drawn = {
+        seed: np.stack([compiled(tf.constant(seed, tf.int64), t) for t in positions]) for seed in (5, 6, 5 + 2**31)
+    }
+    chances = np.arange(1, 9) / 36
+    first = drawn[5]
+    others = (first[::2], first[1::2]), (first[:, ::2], first[:, 1::2]), (first, drawn[6]), (first, drawn[5 + 2**31])
+    for a, b in others:
+        pairs = np.bincount((8 * a + b).reshape(-1), minlength=64)
+        expected = a.size * np.outer(chances, chances).reshape(-1)
+        assert np.sum((pairs - expected) ** 2 / expected) < 103.4  # 63 degrees of freedom: once in a thousand
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
