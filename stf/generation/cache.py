@@ -84,7 +84,7 @@ class KeyValueCache:
         """The state with a position's key and value.
 
         Args:
-            state: of this cache, which no one else may use any more.
+            state: of this cache.
             key: `[batch, head, key_dim]`.
             value: `[batch, head, value_dim]`.
             position: int or int32 scalar; the positions before it have been written.
