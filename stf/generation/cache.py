@@ -126,7 +126,7 @@ class KeyValueCache:
     def attend(self, state, query, position, scale=None, layer=0):
         """Attention of the query at `position`, whose own key and value have been written.
 
-        Scores, softmax and sums are in float32 (Section 5.5; float64 where the query is).
+        Scores, softmax and sums are in float32 (Section 5.6; float64 where the query is).
 
         Args:
             state: of this cache.

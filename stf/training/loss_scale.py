@@ -1,4 +1,4 @@
-"""Loss scaling for float16 (Child et al. 2019, Section 5.5)."""
+"""Loss scaling for float16 (Child et al. 2019, Section 5.6)."""
 
 import keras
 import tensorflow as tf

@@ -25,7 +25,7 @@ class AdamW(keras.optimizers.Optimizer):
         average: momentum of a moving average of the weights, or None for none. `averages` gives it.
         accumulation_steps: batches whose mean gradient makes one update.
         all_reduce_dtype: what gradients are sent and summed in over several replicas by `fit` of a
-            `stf.models.SparseTransformer`; "float16" halves what is sent, as the paper does (Section 5.5), and so
+            `stf.models.SparseTransformer`; "float16" halves what is sent, as the paper does (Section 5.6), and so
             does "bfloat16", on CPUs alone. Unless given, the weights' own.
 
     Its variables, beside Adam's: `batches` (all that it has seen), `skipped`, `skipped_in_a_row`, and `gradient_norm`
