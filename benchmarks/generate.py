@@ -39,7 +39,11 @@ GPU_ROWS = [
     *(("cifar10", 16, prefix) for prefix in (0.5, 1)),
     *(("enwik8", batch, 0) for batch in (1, 16)),
 ]
-GROWTH = {"causal": "Causal()", "local, l = 128": "Local(128)", "strided, l = root of n": "Strided({})"}
+GROWTH = {
+    "causal": lambda patterns, root: patterns.Causal(),
+    "local, l = 128": lambda patterns, root: patterns.Local(128),
+    "strided, l = root of n": lambda patterns, root: patterns.Strided(root),
+}
 
 
 def copy_rate(tf):
@@ -59,11 +63,9 @@ def bytes_of_a_token(model, sampler):
     """What a step cannot but read: the weights in the dtype of products, and of each cache what the step asks for."""
     weights = sum(int(np.prod(w.shape)) for w in model.trainable_variables)
     read = 0
-    for cache in sampler._decoder.caches:
-        slots = [sum(len(part.held(0)) for part in parts) for parts in cache._programs]
-        heads = [slots[head % len(slots)] for head in range(cache.num_heads)]
-        read += cache.layers * sum(heads) * (cache.key_dim + cache.value_dim)
-    size = sampler._decoder.cache_dtype.size
+    for cache in sampler.decoder.caches:
+        read += cache.layers * sum(cache.slots_read) * (cache.key_dim + cache.value_dim)
+    size = sampler.decoder.cache_dtype.size
     return weights * size + read * len(sampler.tokens) * size
 
 
@@ -149,9 +151,9 @@ def growth(result, output):
     import stf
 
     rate = result["copy_GB_s"] * 1e9
-    for name, text in GROWTH.items():
+    for name, make in GROWTH.items():
         for length in (3072, 6144, 12288, 24576, 49152, 65536):
-            pattern = eval(text.format(2 ** round(np.log2(length) / 2)), vars(stf.patterns).copy())
+            pattern = make(stf.patterns, 2 ** round(np.log2(length) / 2))
             shape = (-(-length // 128), 128)
             model = stf.models.SparseTransformer(length, shape, [pattern], num_blocks=2, num_heads=4, model_dim=256)
             row = {"pattern": name, "length": length} | measure(model, 1, length - CALL * (CALLS + 2), rate, False)

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from stf.generation.slots import slots_of
 from stf.layers.validation import positive
+from stf.patterns.lowering import programs
 
 
 class KeyValueCache:
@@ -48,16 +49,22 @@ class KeyValueCache:
         self.length = positive("length", length)
         self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
         self.layers = positive("layers", layers)
-        pattern.check_heads(num_heads)
-        of_heads = [pattern.components(head) for head in range(num_heads)]
-        period = next(p for p in range(1, num_heads + 1) if of_heads == (of_heads[:p] * num_heads)[:num_heads])
-        # Heads h, h + period, ... share their components.
-        self._programs = [[slots_of(part, of_heads[h], self.length) for part in of_heads[h]] for h in range(period)]
+        self._programs = [
+            [slots_of(part, of_head, self.length) for part in of_head] for of_head in programs(pattern, self.num_heads)
+        ]
 
     @property
     def slots(self):
         """Positions that are kept of each head, of one layer: a list of ints."""
-        of_program = [sum(part.slots for part in parts) for parts in self._programs]
+        return self._of_heads(lambda part: part.slots)
+
+    @property
+    def slots_read(self):
+        """Positions that a step reads of each head, of one layer: a list of ints."""
+        return self._of_heads(lambda part: len(part.held(0)))
+
+    def _of_heads(self, count):
+        of_program = [sum(map(count, parts)) for parts in self._programs]
         return [of_program[head % len(of_program)] for head in range(self.num_heads)]
 
     def bytes(self, batch_size, dtype="float32"):
@@ -177,8 +184,6 @@ def _weighted(scores, values):
 
 
 def _interleaved(outputs, num_heads):
-    """Heads of programs, each of which has every so manieth, in their order: `[batch, head, depth]`."""
+    """The heads of all programs `[batch, head, depth]` in their order: head h is one of program `h mod programs`."""
     period = len(outputs)
-    if num_heads % period == 0:
-        return tf.reshape(tf.stack(outputs, 2), [-1, num_heads, outputs[0].shape[-1]])
     return tf.stack([outputs[head % period][:, head // period] for head in range(num_heads)], 1)

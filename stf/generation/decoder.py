@@ -5,7 +5,7 @@ import math
 import tensorflow as tf
 
 from stf.generation.cache import KeyValueCache
-from stf.generation.sampling import draw
+from stf.generation.categorical import draw
 from stf.layers.block import BlockWeights
 from stf.layers.validation import positive
 

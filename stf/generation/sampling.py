@@ -1,4 +1,4 @@
-"""Draws tokens from logits, and samples from a model."""
+"""Samples of a model, drawn bit by bit or whole."""
 
 import numbers
 
@@ -6,46 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stf.layers.dropout import random_words
+from stf.generation.decoder import Decoder
 from stf.layers.validation import positive, seed_or_none
-
-
-def draw(logits, temperature, seed, top_k=None, top_p=None):
-    """One token for each row of logits, by the largest of logits plus Gumbel noise.
-
-    The noise of a row follows from `seed` and the row's number alone: it is the same on every device, compiled or not,
-    but for the rounding of logarithms.
-
-    Args:
-        logits: `[batch, vocab_size]`.
-        temperature: divides the logits, a number or a scalar tensor; 0 takes the likeliest token.
-        seed: integers `[2]`, of which 32 bits count.
-        top_k: draw from the k likeliest tokens only, an int or a scalar tensor.
-        top_p: draw from the fewest likeliest tokens whose probabilities (after `temperature` and `top_k`) add up to
-            p or more.
-
-    Returns:
-        int32 `[batch]`.
-    """
-    logits = tf.cast(logits, tf.float32)
-    likeliest = tf.argmax(logits, -1, output_type=tf.int32)
-    temperature = tf.cast(temperature, tf.float32)
-    scaled = logits / tf.where(temperature > 0, temperature, 1.0)
-    if top_k is not None or top_p is not None:
-        ordered = tf.sort(scaled, direction="DESCENDING")
-        least = ordered[:, -1:] if top_k is None else tf.gather(ordered, [top_k - 1], axis=1)
-        if top_p is not None:
-            kept = tf.where(ordered < least, -np.inf, ordered)
-            likelier = tf.cumsum(tf.nn.softmax(kept), exclusive=True, axis=-1)  # than each, in all
-            among = tf.reduce_min(tf.where(likelier < top_p, ordered, np.inf), -1, keepdims=True)
-            least = tf.maximum(least, among)
-        scaled = tf.where(scaled < least, -np.inf, scaled)
-    first, second = tf.unstack(tf.cast(tf.cast(seed, tf.int64) & 0xFFFFFFFF, tf.uint32))
-    words = random_words(tf.shape(logits), first, second)
-    # 23 bits and a half: none is 0 or rounds to 1.
-    uniform = (tf.cast(tf.bitwise.right_shift(words, tf.constant(9, tf.uint32)), tf.float32) + 0.5) * 2.0**-23
-    drawn = tf.argmax(scaled - tf.math.log(-tf.math.log(uniform)), -1, output_type=tf.int32)
-    return tf.where(temperature > 0, drawn, likeliest)
 
 
 class Sampler:
@@ -76,6 +38,7 @@ class Sampler:
         tokens: int32 `[batch, position]`, the prefix and what was drawn, a NumPy array.
         done: whether all samples have ended or are as long as they get.
         cache_bytes: bytes of the keys and values that are kept.
+        decoder: the model's `Decoder` for this batch size and length.
 
     Raises:
         ValueError: an argument that does not fit; names it.
@@ -97,24 +60,31 @@ class Sampler:
         length = model.length if length is None else positive("length", length)
         seed = seed_or_none(seed)
         self._check(model, temperature, top_k, top_p)
-        self.tokens = _prefix(prefix, positive("batch_size", batch_size), length, model.vocab_size)
+        prefix = _prefix(prefix, positive("batch_size", batch_size), length, model.vocab_size)
         stop = _stop(stop, model.vocab_size)
         seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         self._options = dict(seed=seed, temperature=float(temperature), top_k=top_k, top_p=top_p, stop=stop)
         self.length = length
-        self._decoder = _decoder_of(model, len(self.tokens), length, cache_dtype)
-        self._state = None
-        self._ended = np.zeros(len(self.tokens), bool)
+        self.decoder = _decoder_of(model, len(prefix), length, cache_dtype)
+        # One tuple, so that an interruption finds all of it as it was or all as it is now: tokens, the decoder's state
+        # behind them (None: not begun), and which samples have ended.
+        self._drawn = prefix, None, np.zeros(len(prefix), bool)
+
+    @property
+    def tokens(self):
+        """What was drawn so far, behind the prefix."""
+        return self._drawn[0]
 
     @property
     def done(self):
         """Whether nothing is left to draw."""
-        return self.tokens.shape[1] == self.length or bool(np.all(self._ended))
+        tokens, _, ended = self._drawn
+        return tokens.shape[1] == self.length or bool(np.all(ended))
 
     @property
     def cache_bytes(self):
         """Bytes of the keys and values that are kept."""
-        return self._decoder.bytes
+        return self.decoder.bytes
 
     def draw(self, count):
         """Draws up to `count` tokens more of each sample.
@@ -130,19 +100,15 @@ class Sampler:
         return self.tokens[:, begin:]
 
     def _draw(self, count):
-        position = self.tokens.shape[1]
-        if self._state is None:
-            self._state = self._decoder.prefill(self.tokens)
-        before = self.tokens[:, -1] if position else np.zeros(len(self.tokens), np.int32)
-        tokens, drawn, ended, state = self._decoder.draw(
-            self._state, before, self._ended, position, count, most=CHUNK, **self._options
+        before, state, ended = self._drawn
+        if state is None:
+            state = self.decoder.prefill(before)
+        position = before.shape[1]
+        last = before[:, -1] if position else np.zeros(len(before), np.int32)
+        tokens, drawn, ended, state = self.decoder.draw(
+            state, last, ended, position, count, most=CHUNK, **self._options
         )
-        # All at once, so that an interruption finds the one or the other.
-        self._state, self._ended, self.tokens = (
-            state,
-            ended.numpy(),
-            np.concatenate([self.tokens, tokens[:, : int(drawn)].numpy()], 1),
-        )
+        self._drawn = np.concatenate([before, tokens[:, : int(drawn)].numpy()], 1), state, ended.numpy()
 
     @staticmethod
     def _check(model, temperature, top_k, top_p):
@@ -175,8 +141,6 @@ def generate(model, verbose=1, callback=None, **arguments):
 
 def _decoder_of(model, batch_size, length, cache_dtype):
     """The model's decoder for these sizes: made, traced and compiled once."""
-    from stf.generation.decoder import Decoder
-
     if not model.built:
         model.build((None, length))
     decoders = model.__dict__.setdefault("_decoders_by_size", {})

@@ -3,9 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from stf.patterns.component import Kind
-
-LARGEST = 2**31 - 1  # a component's numbers are up to this; their products may be more
+from stf.patterns.component import Kind, covers
 
 
 def slots_of(component, head, length):
@@ -20,8 +18,8 @@ def slots_of(component, head, length):
     return kinds.get(component.kind, Ring)(component, head, length)
 
 
-class Ring:
-    """The last positions, each in the slot of its number modulo the slots: of causal, local and own-block components.
+class Slots:
+    """Room for the positions of a component that later queries still read.
 
     Attributes:
         slots: positions that are kept.
@@ -36,12 +34,12 @@ class Ring:
         self.slots = self._count()
 
     def _count(self):
-        most = {Kind.LOCAL: self.component.a + 1, Kind.OWN_BLOCK: self.component.a}
-        return min(most.get(self.component.kind, self.length), self.length)
+        """How many slots there are; makes the tables that the other methods read."""
+        raise NotImplementedError
 
     def slot(self, position):
         """Where a position is kept."""
-        return position % self.slots
+        raise NotImplementedError
 
     def keeps(self, position):
         """Whether a position is kept at all."""
@@ -52,8 +50,7 @@ class Ring:
 
         A number outside 0 ... count - 1 says that the slot is empty.
         """
-        last = count - 1
-        return last - (last - tf.range(self.slots)) % self.slots
+        raise NotImplementedError
 
     def read(self, tensor, position, layer):
         """The slots `[read, batch, head, depth]` that the query at `position` reads, of a layer's."""
@@ -66,13 +63,28 @@ class Ring:
     def seen(self, position):
         """Which of those slots the query at `position` attends to, bool `[read]`."""
         held = self.held(position)
-        seen = (held >= 0) & (held <= position) & covers(self.component, position, held)
+        seen = (held >= 0) & (held <= position) & _covers(self.component, position, held)
         for other in self._left_out:
-            seen &= ~covers(other, position, held)
+            seen &= ~_covers(other, position, held)
         return seen
 
 
-class Residues(Ring):
+class Ring(Slots):
+    """The last positions, each in the slot of its number modulo the slots: causal, local and own block."""
+
+    def _count(self):
+        most = {Kind.LOCAL: self.component.a + 1, Kind.OWN_BLOCK: self.component.a}
+        return min(most.get(self.component.kind, self.length), self.length)
+
+    def slot(self, position):
+        return position % self.slots
+
+    def filled(self, count):
+        last = count - 1
+        return last - (last - tf.range(self.slots)) % self.slots
+
+
+class Residues(Slots):
     """All positions, those of one residue modulo the stride side by side: a query reads its own residue's."""
 
     def _count(self):
@@ -94,7 +106,7 @@ class Residues(Ring):
         return position % self._stride + self._stride * tf.range(self._rows)
 
 
-class Columns(Ring):
+class Columns(Slots):
     """The columns of a summary, of every block."""
 
     leaves_out = True
@@ -120,7 +132,7 @@ class Columns(Ring):
         return slots // self._width * self._stride + self._first + slots % self._width
 
 
-class LiveBlocks(Ring):
+class LiveBlocks(Slots):
     """The blocks of a layout that a row at or behind the newest still asks for, each in a place that is free."""
 
     leaves_out = True
@@ -193,28 +205,9 @@ def _sizes(tensor):
     return [tf.shape(tensor)[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
 
 
-def covers(component, i, j):
-    """Whether a component holds the pairs of query i and keys j <= i; what j is otherwise does not matter.
-
-    Args:
-        component: a `stf.patterns.component.Component`.
-        i: int32 scalar.
-        j: int32 `[keys]`.
-
-    Returns:
-        bool `[keys]`.
-    """
-    c = component
-    if c.kind == Kind.LOCAL:
-        return i - j <= c.a
-    if c.kind == Kind.STRIDED:
-        return ((i - j) % c.a == 0) & (i - j >= min(c.b * c.a, LARGEST))
-    if c.kind == Kind.OWN_BLOCK:
-        return j // c.a == i // c.a
-    if c.kind == Kind.SUMMARY:
-        column = j % c.a
-        return (column >= c.b) & (column < c.c) & ((j // c.a < i // c.a) | bool(c.d))
-    if c.kind == Kind.BLOCKS:
-        row = tf.gather(c.layout, i // c.a)
-        return tf.gather(row, tf.clip_by_value(j // c.a, 0, c.c - 1))
-    return tf.ones_like(j, tf.bool)
+def _covers(component, i, j):
+    """`covers` for tensors, of the query i and keys j `[keys]`; what is said of keys behind the query is not used."""
+    if component.kind != Kind.BLOCKS:
+        return covers(component, i, j)
+    row = tf.gather(component.layout, i // component.a)
+    return tf.gather(row, tf.clip_by_value(j // component.a, 0, component.c - 1))

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from stf.ops import library
 from stf.ops.arguments import check_lengths, check_scale, check_tensors
-from stf.ops.program import program_arguments
+from stf.ops.program import arguments_of, program_arguments
 
 DTYPES = (tf.float32, tf.bfloat16, tf.float16)
 
@@ -73,9 +73,8 @@ def attention(
 
 @tf.RegisterGradient("StfAttention")
 def _attention_gradient(op, output_grad, log_sum_exp_grad):
-    query, key, value, *others = op.inputs
+    query, key, value = op.inputs[:3]
     output, log_sum_exp = op.outputs
-    lengths = [others.pop(0)] if op.get_attr("num_lengths") else []
     if output_grad is None:
         output_grad = tf.zeros_like(output)
     through_both = log_sum_exp_grad is not None and not op.get_attr("constant_log_sum_exp")
@@ -83,13 +82,11 @@ def _attention_gradient(op, output_grad, log_sum_exp_grad):
         query=query,
         key=key,
         value=value,
-        lengths=lengths,
-        layout_bits=others,
         output=output,
         log_sum_exp=log_sum_exp,
         output_grad=output_grad,
         log_sum_exp_grad=[log_sum_exp_grad] if through_both else [],
-        **{name: op.get_attr(name) for name in ("components", "program_begin", "scale", "format")},
+        **arguments_of(op, 3),
     )
     return [*grads, *(None for _ in op.inputs[3:])]
 

@@ -5,7 +5,7 @@ import numbers
 import tensorflow as tf
 
 from stf.ops import library
-from stf.ops.program import program_arguments
+from stf.ops.program import arguments_of, program_arguments
 
 
 def packed_attention(query_key_value, pattern, num_heads, key_depth):
@@ -73,18 +73,15 @@ def packed_attention_gradient(query_key_value, pattern, num_heads, key_depth, ou
 
 @tf.RegisterGradient("StfPackedAttention")
 def _gradient(op, output_grad, _):
-    query_key_value, *others = op.inputs
     output, log_sum_exp = op.outputs
-    lengths = [others.pop(0)] if op.get_attr("num_lengths") else []
-    attributes = ("num_heads", "key_depth", "components", "program_begin", "scale", "format")
     grad = library.load().stf_packed_attention_grad(
-        query_key_value=query_key_value,
-        lengths=lengths,
-        layout_bits=others,
+        query_key_value=op.inputs[0],
         output=output,
         log_sum_exp=log_sum_exp,
         output_grad=tf.zeros_like(output) if output_grad is None else output_grad,
-        **{name: op.get_attr(name) for name in attributes},
+        num_heads=op.get_attr("num_heads"),
+        key_depth=op.get_attr("key_depth"),
+        **arguments_of(op, 1),
     )
     return [grad, *(None for _ in op.inputs[1:])]
 

@@ -46,6 +46,19 @@ def program_arguments(pattern, num_heads):
     return _lowered(pattern, num_heads).keywords() if num_heads else ProgramArguments(Program([], [0], b"")).keywords()
 
 
+def arguments_of(op, first):
+    """Of an attention op, for its gradient: the keyword arguments that do not depend on what is differentiated.
+
+    Args:
+        op: the op.
+        first: the place of its first optional input.
+    """
+    optional = list(op.inputs[first:])
+    lengths = [optional.pop(0)] if op.get_attr("num_lengths") else []
+    attributes = {name: op.get_attr(name) for name in ("components", "program_begin", "scale", "format")}
+    return {"lengths": lengths, "layout_bits": optional, **attributes}
+
+
 @functools.lru_cache(maxsize=256)
 def _lowered(pattern, num_heads):
     return ProgramArguments(lower(pattern, num_heads))

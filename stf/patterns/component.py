@@ -52,6 +52,33 @@ class Component:
         return hash(self._identity())
 
 
+def covers(component, i, j):
+    """Whether a component holds the pairs of queries i and keys j, where j <= i; what is left out is not looked at.
+
+    Args:
+        component: a `Component`.
+        i, j: integers that broadcast: NumPy's arrays or, but for block layouts, TensorFlow's tensors.
+
+    Returns:
+        The same of bools.
+    """
+    c = component
+    if c.kind == Kind.CAUSAL:
+        return j <= i
+    if c.kind == Kind.LOCAL:
+        return i - j <= c.a
+    if c.kind == Kind.STRIDED:  # numbers are below 2**31, and so are positions; a product may be more
+        return ((i - j) % c.a == 0) & (i - j >= min(c.b * c.a, 2**31 - 1))
+    if c.kind == Kind.OWN_BLOCK:
+        return j // c.a == i // c.a
+    if c.kind == Kind.SUMMARY:
+        column = j % c.a
+        return (column >= c.b) & (column < c.c) & ((j // c.a < i // c.a) | bool(c.d))
+    if c.kind == Kind.BLOCKS:
+        return c.layout[i // c.a, j // c.a]
+    raise ValueError(f"A component must be of a known kind. Received: kind={c.kind}")
+
+
 def check_whole(component):
     """Returns a leaf's component, or raises ValueError where it is none that lowering may begin with.
 

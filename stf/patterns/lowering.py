@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stf.patterns.component import Component, Kind
+from stf.patterns.component import Component, Kind, covers
 from stf.patterns.validation import integer
 
 
@@ -24,6 +24,25 @@ class Program(NamedTuple):
     layouts: bytes
 
 
+def programs(pattern, num_heads):
+    """The components of each program of a pattern: head h has those of program `h mod programs`.
+
+    Args:
+        pattern: a `Pattern`.
+        num_heads: number of heads, 1 or more.
+
+    Returns:
+        A list of tuples of `Component`s, as few as the heads differ in a repeating order.
+    """
+    num_heads = integer("num_heads", num_heads, 1)
+    pattern.check_heads(num_heads)
+    of_heads = [pattern.components(head) for head in range(num_heads)]
+    period = next(
+        p for p in range(1, num_heads + 1) if all(of_heads[head] == of_heads[head % p] for head in range(num_heads))
+    )
+    return of_heads[:period]
+
+
 def lower(pattern, num_heads):
     """Packs a pattern for the op.
 
@@ -37,14 +56,8 @@ def lower(pattern, num_heads):
     Raises:
         ValueError: if a block layout has one layout a head, but not `num_heads` of them.
     """
-    num_heads = integer("num_heads", num_heads, 1)
-    pattern.check_heads(num_heads)
-    of_heads = [pattern.components(head) for head in range(num_heads)]
-    period = next(
-        p for p in range(1, num_heads + 1) if all(of_heads[head] == of_heads[head % p] for head in range(num_heads))
-    )
     records, begin, layouts, places = [], [0], bytearray(), {}
-    for of_head in of_heads[:period]:
+    for of_head in programs(pattern, num_heads):
         for part in of_head:
             b = part.b
             if part.layout is not None:
@@ -173,7 +186,7 @@ def _nearest(blocks):
 
 
 def components_mask(program, n, head=0):
-    """The keys of each packed component of a head, from problem.h's words alone; for tests.
+    """The keys of each packed component of a head, as the op is told them; for tests.
 
     Args:
         program: a `Program`.
@@ -184,26 +197,13 @@ def components_mask(program, n, head=0):
         bool array, `[components, n, n]`: query, key.
     """
     p = head % (len(program.program_begin) - 1)
-    records = np.array(program.components, np.int64).reshape(-1, 6)
-    records = records[program.program_begin[p] : program.program_begin[p + 1]]
-    bits = np.unpackbits(np.frombuffer(program.layouts, np.uint8), bitorder="little")
+    records = np.reshape(program.components, (-1, 6))[program.program_begin[p] : program.program_begin[p + 1]].tolist()
+    bits = np.unpackbits(np.frombuffer(program.layouts, np.uint8), bitorder="little").astype(bool)
     i, j = np.arange(n)[:, None], np.arange(n)[None, :]
     sets = np.zeros((len(records), n, n), bool)
     for t, (kind, a, b, c, d, _) in enumerate(records):
-        if kind == Kind.CAUSAL:
-            sets[t] = True
-        elif kind == Kind.LOCAL:
-            sets[t] = i - j <= a
-        elif kind == Kind.STRIDED:
-            sets[t] = ((i - j) % a == 0) & (i - j >= b * a)
-        elif kind == Kind.OWN_BLOCK:
-            sets[t] = j // a == i // a
-        elif kind == Kind.SUMMARY:
-            sets[t] = (b <= j % a) & (j % a < c) & ((j // a < i // a) | (d == 1))
-        elif kind == Kind.BLOCKS:
-            sets[t] = bits[b : b + c * c].reshape(c, c)[i // a, j // a]
-        else:
-            raise ValueError(f"`program` must be of known kinds. Received: kind={kind}")
+        layout = bits[b : b + c * c].reshape(c, c) if kind == Kind.BLOCKS else None
+        sets[t] = covers(Component(kind, a, b, c, d, layout=layout), i, j)
     sets &= j <= i
     result = sets.copy()
     for t, record in enumerate(records):

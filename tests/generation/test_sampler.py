@@ -78,7 +78,7 @@ def test_what_was_drawn_stays_when_interrupted_and_the_rest_goes_on():
     whole = model.generate(batch_size=2, seed=7, verbose=0)
     sampler = Sampler(model, batch_size=2, seed=7)
     sampler.draw(11)
-    draw, broken = sampler._decoder.draw, []
+    draw, broken = sampler.decoder.draw, []
 
     def interrupted(*arguments, **keywords):
         if not broken:
@@ -86,7 +86,7 @@ def test_what_was_drawn_stays_when_interrupted_and_the_rest_goes_on():
             raise KeyboardInterrupt
         return draw(*arguments, **keywords)
 
-    sampler._decoder.draw = interrupted
+    sampler.decoder.draw = interrupted
     with pytest.raises(KeyboardInterrupt):
         sampler.draw(N)
     np.testing.assert_array_equal(sampler.tokens, whole[:, :11])
@@ -133,7 +133,7 @@ def test_caches_in_float32_under_a_half_policy():
 def test_traced_and_compiled_once_for_a_size():
     model = make(PATTERNS[1:4])
     first = model.generate(batch_size=2, prefix=tokens()[:, :5], seed=1, verbose=0)
-    decoder = Sampler(model, batch_size=2)._decoder
+    decoder = Sampler(model, batch_size=2).decoder
     functions = decoder._prefill, decoder._several
     traced = [function.experimental_get_tracing_count() for function in functions]
     begin = time.perf_counter()

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
 pytestmark = pytest.mark.gpu
 if not tf.config.list_physical_devices("GPU"):
     pytest.skip("no GPU", allow_module_level=True)
