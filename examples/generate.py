@@ -112,17 +112,17 @@ def draw(sampler, partial):
 
 
 def main(_):
-    model = keras.saving.load_model(FLAGS.checkpoint)
-    stf.training.use_average(model)
     output = pathlib.Path(FLAGS.output)
-    if output.suffix == ".png" and (len(model.position_shape) != 3 or FLAGS.length):
-        raise app.UsageError(f"a .png needs a model of images, and whole ones. Received: --output={output}")
     partial = output.with_name(output.name + ".partial.npz")
     for path in paths_of(output):
         if path.exists() and not FLAGS.overwrite:
             raise app.UsageError(f"{path} is there: --overwrite writes over it")
     if partial.exists() and not (FLAGS.resume or FLAGS.overwrite):
         raise app.UsageError(f"{partial} holds an interrupted run: --resume goes on with it, --overwrite begins anew")
+    model = keras.saving.load_model(FLAGS.checkpoint)
+    stf.training.use_average(model)
+    if output.suffix == ".png" and (len(model.position_shape) != 3 or FLAGS.length):
+        raise app.UsageError(f"a .png needs a model of images, and whole ones. Received: --output={output}")
     length = FLAGS.length or model.length
     prefix = None
     if FLAGS.resume:
