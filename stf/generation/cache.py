@@ -1,5 +1,7 @@
 """The keys and values that a pattern's later queries still read, as tensors that a loop in a graph carries."""
 
+import itertools
+
 import numpy as np
 import tensorflow as tf
 
@@ -62,6 +64,21 @@ class KeyValueCache:
     def slots_read(self):
         """Positions that a step reads of each head, of one layer: a list of ints."""
         return self._of_heads(lambda part: len(part.held(0)))
+
+    @property
+    def part_reads(self):
+        """For each program, how many slots a step reads of each of its parts: lists of ints."""
+        return [[part.held(0).shape[0] for part in parts] for parts in self._programs]
+
+    def reads(self, position):
+        """For all parts, one behind another, the slots that the query at `position` attends to; -1: none. int32."""
+        parts = itertools.chain(*self._programs)
+        return tf.concat([tf.where(part.seen(position), part.slots_read(position), -1) for part in parts], 0)
+
+    def writes(self, position):
+        """The slot of each part that a position's key and value go to; -1: none. int32 `[part]`."""
+        parts = itertools.chain(*self._programs)
+        return tf.stack([tf.where(part.keeps(position), part.slot(position), -1) for part in parts])
 
     def _of_heads(self, count):
         of_program = [sum(map(count, parts)) for parts in self._programs]

@@ -1,9 +1,11 @@
 """A model one position at a time, or a prefix at once: logits and caches, as functions that a graph's loop can call."""
 
+import itertools
 import math
 
 import tensorflow as tf
 
+from stf import ops
 from stf.generation.cache import KeyValueCache
 from stf.generation.categorical import draw
 from stf.layers.block import BlockWeights
@@ -166,6 +168,32 @@ class Decoder:
         return model.logits(tf.cast(model.final_norm(x), model.logits.compute_dtype))
 
     def _step(self, weights, state, token, position):
+        """Logits of a position and the state behind it: by the op where it runs, else by TensorFlow's own."""
+        part_reads = [cache.part_reads for cache in self.caches]
+        sizes = weights.hidden_kernel.shape[1:] + (self.model.key_dim, self.model.value_dim)
+        if ops.runs_residual_stack_decode(weights.hidden_kernel.dtype, self.cache_dtype, sizes, part_reads):
+            return self._step_by_op(weights, part_reads, state, token, position)
+        return self._step_by_blocks(weights, state, token, position)
+
+    def _step_by_op(self, weights, part_reads, state, token, position):
+        model, tensors = self.model, list(itertools.chain(*state))
+        x, keys, values = ops.residual_stack_decode(
+            model.embedding.step(token, position)[:, 0],
+            weights,
+            part_reads,
+            tf.concat([cache.reads(position) for cache in self.caches], 0),
+            tf.concat([cache.writes(position) for cache in self.caches], 0),
+            tensors[0::2],
+            tensors[1::2],
+            model.num_heads,
+            model.key_dim,
+            model.stack.epsilon,
+        )
+        tensors = iter(itertools.chain(*zip(keys, values, strict=True)))
+        state = [[next(tensors) for _ in of_cache] for of_cache in state]
+        return self._logits(x[:, None])[:, 0], state
+
+    def _step_by_blocks(self, weights, state, token, position):
         def run(block, cache, layer, x, tensors):
             projected = block.split(block.query_key_value(x))
             query, key, value = (part[: self.batch_size, 0] for part in projected)

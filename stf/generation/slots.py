@@ -56,6 +56,10 @@ class Slots:
         """The slots `[read, batch, head, depth]` that the query at `position` reads, of a layer's."""
         return _part(tensor, self.slots, layer)
 
+    def slots_read(self, position):
+        """Which slots those are, int32 `[read]`."""
+        return tf.range(self.slots)
+
     def held(self, position):
         """The positions in those slots, int32 `[read]`."""
         return self.filled(position + 1)
@@ -101,6 +105,9 @@ class Residues(Slots):
 
     def read(self, tensor, position, layer):
         return _part(tensor, self._rows, layer * self._stride + position % self._stride)
+
+    def slots_read(self, position):
+        return position % self._stride * self._rows + tf.range(self._rows)
 
     def held(self, position):
         return position % self._stride + self._stride * tf.range(self._rows)
@@ -177,11 +184,13 @@ class LiveBlocks(Slots):
         return tf.reshape(newest[:, None] * size + tf.range(size), [-1])
 
     def read(self, tensor, position, layer):
+        return tf.gather(tensor, layer * self.slots + self.slots_read(position))
+
+    def slots_read(self, position):
         size = self.component.a
         columns = tf.gather(self._of_row, position // size)
         places = tf.maximum(tf.gather(self._place, tf.maximum(columns, 0)), 0)
-        slots = layer * self.slots + places[:, None] * size + tf.range(size)
-        return tf.gather(tensor, tf.reshape(slots, [-1]))
+        return tf.reshape(places[:, None] * size + tf.range(size), [-1])
 
     def held(self, position):
         size = self.component.a

@@ -5,6 +5,7 @@ from stf.ops.library import LibraryNotFoundError, is_available, library_path
 from stf.ops.packed_attention import packed_attention, packed_attention_gradient
 from stf.ops.reference import reference_attention
 from stf.ops.residual_stack import residual_stack, runs_residual_stack
+from stf.ops.residual_stack_decode import residual_stack_decode, runs_residual_stack_decode
 
 __all__ = [
     "LibraryNotFoundError",
@@ -15,7 +16,9 @@ __all__ = [
     "packed_attention_gradient",
     "reference_attention",
     "residual_stack",
+    "residual_stack_decode",
     "runs_residual_stack",
+    "runs_residual_stack_decode",
 ]
 
 # The op's name is known from here on, where the library loads: tf.saved_model.load needs it.

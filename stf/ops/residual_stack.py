@@ -38,10 +38,13 @@ def runs_residual_stack(inputs, hidden, num_heads, key_depth, value_depth):
         and all(size % VECTOR == 0 for size in widths)
         and width <= MOST_WIDTH
         and max(key_depth, value_depth) <= MOST_DEPTH
-        and bool(tf.config.list_logical_devices("GPU"))
-        and not _placed_on_a_cpu()
-        and library.has_cuda()
+        and runs_on_a_gpu()
     )
+
+
+def runs_on_a_gpu():
+    """Whether what is called here runs on a GPU, and the library has kernels for it."""
+    return bool(tf.config.list_logical_devices("GPU")) and not _placed_on_a_cpu() and library.has_cuda()
 
 
 def _placed_on_a_cpu():

@@ -62,6 +62,27 @@ def test_steps_behind_a_prefix_are_attention(name, begin):
 
 
 @names
+def test_what_an_op_is_told_to_read_is_what_the_pattern_attends_to(name):
+    """Each position's number is its key: of every head, those in the slots of `reads`, behind writes of `writes`."""
+    cache = cache_of(name)
+    written = [np.full(shape[0], -1) for shape in cache.shapes(1)[::2]]
+    told = tf.function(lambda position: (cache.reads(position), cache.writes(position)))
+    for position in range(N):
+        reads, writes = (x.numpy() for x in told(tf.constant(position)))
+        for slots, slot in zip(written, writes, strict=True):
+            if slot >= 0:
+                slots[slot] = position
+        parts = iter(zip(written, np.split(reads, np.cumsum(sum(cache.part_reads, []))[:-1]), strict=True))
+        for program, counts in enumerate(cache.part_reads):
+            seen = []
+            for _ in counts:
+                slots, read = next(parts)
+                seen += list(slots[read[read >= 0]])
+            attended = np.flatnonzero(PATTERNS[name].mask(N, program)[position])
+            np.testing.assert_array_equal(np.sort(seen), attended, err_msg=f"position {position}, program {program}")
+
+
+@names
 def test_under_xla_and_for_several_layers(name):
     query, key, value = inputs()
     whole = stf.ops.attention(query, key, value, PATTERNS[name])

@@ -48,3 +48,71 @@ def test_the_same_tokens_twice_and_however_they_are_drawn(models):
         drawn.append(sampler.tokens)
     np.testing.assert_array_equal(drawn[1], drawn[0])
     np.testing.assert_array_equal(drawn[2], drawn[0])
+
+
+PATTERNS = {
+    "local, strided in turn": [stf.patterns.Local(7), stf.patterns.Strided(8)],
+    "merged": [stf.patterns.Local(7) | stf.patterns.Strided(8)],
+    "fixed": [stf.patterns.Fixed(8, 2)],
+    "causal": [stf.patterns.Causal()],
+    "by head": [stf.patterns.PerHead([stf.patterns.Local(5), stf.patterns.OwnBlock(6), stf.patterns.Strided(9)])],
+    "blocks": [stf.patterns.Blocks(np.tril(np.random.default_rng(0).random((12, 12)) < 0.5), 8)],
+}
+
+
+def small(patterns, dtype, batch_size, cache_dtype=None):
+    """A decoder of a model of three blocks, and random tokens for it."""
+    model = stf.models.SparseTransformer(96, (8, 12), patterns, 3, 4, 48, key_dim=16, value_dim=8, dtype=dtype, seed=3)
+    random = np.random.default_rng(0)
+    model.logits.kernel.assign(random.normal(size=model.logits.kernel.shape))
+    tokens = random.integers(0, 256, (batch_size, 96)).astype("int32")
+    return Decoder(model, batch_size, 96, cache_dtype), tokens
+
+
+def logits_of(decoder, tokens, begin=0):
+    """Logits of the positions from `begin` on, step by step behind the prefix."""
+    state, logits = decoder.prefill(tokens[:, :begin]), []
+    for position in range(begin, 96):
+        token = tokens[:, position - 1] if position else tokens[:, 0]
+        out, state = decoder.step(state, token, position)
+        logits.append(out.numpy())
+    return np.stack(logits, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [("float32", None), ("mixed_bfloat16", None), ("mixed_float16", None), ("mixed_bfloat16", "float32")],
+)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_op_is_as_near_the_truth_as_the_whole_sequence(name, dtype, cache_dtype):
+    for batch_size, begin in ((1, 0), (5, 40), (20, 95)):
+        decoder, tokens = small(PATTERNS[name], dtype, batch_size, cache_dtype)
+        exact, _ = small(PATTERNS[name], "float64", batch_size)
+        exact.model.set_weights(decoder.model.get_weights())
+        with tf.device("CPU:0"):
+            truth = exact.model(tokens).numpy()[:, begin:]
+        allowed = np.abs(decoder.model(tokens).numpy()[:, begin:] - truth).max()
+        error = np.abs(logits_of(decoder, tokens, begin) - truth).max()
+        assert error <= 2 * allowed, f"{error / allowed:.2f} of the whole sequence's error, {batch_size}, {begin}"
+
+
+def test_where_the_op_does_not_run_blocks_do(monkeypatch):
+    decoder, tokens = small(PATTERNS["merged"], "float32", 3)
+    by_op = logits_of(decoder, tokens, 50)
+    monkeypatch.setattr(stf.ops, "runs_residual_stack_decode", lambda *_: False)
+    by_blocks = logits_of(small(PATTERNS["merged"], "float32", 3)[0], tokens, 50)
+    assert not np.array_equal(by_op, by_blocks)
+    np.testing.assert_allclose(by_op, by_blocks, atol=1e-4 * np.abs(by_blocks).max())
+
+
+def test_caches_are_written_in_place(models):
+    """A call of many tokens holds its state twice, as it came and as it goes, and no third time."""
+    half, _ = models
+    sampler = Sampler(half, batch_size=8, seed=1)
+    sampler.draw(64)
+    tf.config.experimental.reset_memory_stats("GPU:0")
+    before = tf.config.experimental.get_memory_info("GPU:0")["current"]
+    sampler.draw(64)
+    beyond = tf.config.experimental.get_memory_info("GPU:0")["peak"] - before
+    print(f"caches {sampler.cache_bytes / 2**20:.0f} MiB, peak beyond them {beyond / 2**20:.0f} MiB")
+    assert beyond < 1.3 * sampler.cache_bytes

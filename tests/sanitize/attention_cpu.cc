@@ -23,11 +23,7 @@ namespace {
 constexpr int kThreads = 8;
 constexpr int64_t kLargest = INT64_MAX / 4096;  // of a component's parameter, in tensorflow/attention/attributes.cc
 
-const char* const kNames[kResults] = {"output", "log_sum_exp", "query_grad", "key_grad", "value_grad"};
-const char* const kDtypes[3] = {"float32", "bfloat16", "float16"};
-constexpr double kRoundoff[3] = {0x1p-24, 0x1p-8, 0x1p-11};
-constexpr double kSmallest[3] = {0, 0, 0x1p-25};  // the rounding of a float16 below its normal numbers
-// Errors count in roundings, to the result's dtype, of what DenseResults' `size` says. Allowed is twice the largest that main printed with
+// In roundings, by the dtype of the tensors. Allowed is twice the largest that main printed with
 // the generic and the AVX2 kernels of g++ 12 at -O1.
 constexpr double kAllowed[3][kResults] = {{3.5, 8, 3.6, 3.8, 5.5}, {1.2, 8, 0.6, 0.6, 1.7}, {1.2, 12, 0.5, 1.9, 2}};
 double largest_error[3][kResults];
@@ -66,35 +62,22 @@ struct Tensor {
 
   void Set(int64_t b, int64_t t, int64_t h, int64_t d, float x) {
     char* const to = static_cast<char*>(view.data) + Offset(b, t, h, d);
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint16_t half = bits >> 16;
-    if (dtype == STF_FLOAT16) {
-      const uint32_t magnitude = bits & 0x7fffffff;
-      half = (half & 0x8000) | (magnitude < 0x38800000 ? 0 : (magnitude - 0x38000000) >> 13);
-    }
-    dtype == STF_FLOAT32 ? memcpy(to, &x, sizeof x) : memcpy(to, &half, sizeof half);
+    const uint32_t bits = Encode(x, dtype);
+    const uint16_t half = bits;
+    dtype == STF_FLOAT32 ? memcpy(to, &bits, sizeof bits) : memcpy(to, &half, sizeof half);
   }
 
   double Get(int64_t b, int64_t t, int64_t h, int64_t d) const {
     const char* const from = static_cast<const char*>(view.data) + Offset(b, t, h, d);
-    float x;
+    uint32_t bits;
     uint16_t half;
     if (dtype == STF_FLOAT32) {
-      memcpy(&x, from, sizeof x);
-      return x;
+      memcpy(&bits, from, sizeof bits);
+    } else {
+      memcpy(&half, from, sizeof half);
+      bits = half;
     }
-    memcpy(&half, from, sizeof half);
-    if (dtype == STF_BFLOAT16) {
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      memcpy(&x, &bits, sizeof x);
-      return x;
-    }
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
-    const double y = exponent == 31  ? fraction ? NAN : INFINITY
-                     : exponent == 0 ? std::ldexp(fraction, -24)
-                                     : std::ldexp(1024 + fraction, exponent - 25);
-    return half & 0x8000 ? -y : y;
+    return Decode(bits, dtype);
   }
 
   // [B, H, T, depth]
@@ -179,13 +162,10 @@ std::vector<Tensor> Results(const stf_problem& p, const Inputs& in, const stf_pa
 void Compare(const Tensor& got, Result result, const DenseResults& dense) {
   const std::vector<double> values = got.Values();
   for (size_t n = 0; n < values.size(); n++) {
-    const double expected = dense.value[result][n];
-    if (values[n] == expected) continue;
-    const double rounding = kRoundoff[got.dtype] * dense.size[result][n] + kSmallest[got.dtype];
-    const double error = std::fabs(values[n] - expected) / rounding;
+    const double error = Roundings(values[n], dense, result, n, got.dtype);
     if (!(error <= kAllowed[got.p.dtype][result])) {
-      Fail(std::string(kNames[result]) + "[" + std::to_string(n) + "] is " + std::to_string(values[n]) + ", not " +
-           std::to_string(expected) + ": wrong by " + std::to_string(error) + " roundings");
+      Fail(std::string(kResultNames[result]) + "[" + std::to_string(n) + "] is " + std::to_string(values[n]) + ", not " +
+           std::to_string(dense.value[result][n]) + ": wrong by " + std::to_string(error) + " roundings");
     }
     double& largest = largest_error[got.p.dtype][result];
     largest = std::max(largest, error);
@@ -217,7 +197,7 @@ void Run(const Pattern& pattern, const std::vector<uint8_t>& layouts, const Shap
          int repeats = 1) {
   std::mt19937_64 random(++runs);
   const auto& s = shape;
-  running = pattern.name + " " + kDtypes[dtype] + (lengths.empty() ? "" : " ragged");
+  running = pattern.name + " " + kDtypeNames[dtype] + (lengths.empty() ? "" : " ragged");
   for (const int64_t x : {s.batch, s.positions, s.heads, s.key_depth, s.value_depth}) running += " " + std::to_string(x);
   std::vector<stf_component> all;
   std::vector<int32_t> ends = {0};
@@ -239,11 +219,12 @@ void Run(const Pattern& pattern, const std::vector<uint8_t>& layouts, const Shap
   for (int repeat = 0; repeat < repeats; repeat++) {
     const std::vector<Tensor> many = Results(p, in, &parallel);
     for (int r = 0; r < kResults; r++) {
-      if (memcmp(one[r].view.data, many[r].view.data, one[r].bytes)) Fail(std::string(kNames[r]) + " depends on the number of threads");
+      if (memcmp(one[r].view.data, many[r].view.data, one[r].bytes))
+        Fail(std::string(kResultNames[r]) + " depends on the number of threads");
     }
   }
   for (int r = 0; r < kResults; r++) {
-    if (!OnlyElements(&one[r])) Fail(std::string(kNames[r]) + " is written to between its rows");
+    if (!OnlyElements(&one[r])) Fail(std::string(kResultNames[r]) + " is written to between its rows");
   }
 }
 
@@ -359,8 +340,8 @@ int main(int argc, char** argv) {
   RunLong();
   printf("%d runs; largest errors in roundings:\n", runs);
   for (int32_t dtype = 0; dtype < 3; dtype++) {
-    printf("%-8s", kDtypes[dtype]);
-    for (int r = 0; r < kResults; r++) printf("  %s %.2f", kNames[r], largest_error[dtype][r]);
+    printf("%-8s", kDtypeNames[dtype]);
+    for (int r = 0; r < kResults; r++) printf("  %s %.2f", kResultNames[r], largest_error[dtype][r]);
     printf("\n");
   }
   printf("%s\n", stf_attention_cpu_isa());

@@ -3,8 +3,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+
+const char* const kResultNames[kResults] = {"output", "log_sum_exp", "query_grad", "key_grad", "value_grad"};
+const char* const kDtypeNames[3] = {"float32", "bfloat16", "float16"};
 
 namespace {
+
+constexpr double kRoundoff[3] = {0x1p-24, 0x1p-8, 0x1p-11};
+constexpr double kSmallest[3] = {0, 0, 0x1p-25};  // the rounding of a float16 below its normal numbers
 
 bool Contains(const stf_problem& p, const stf_component& c, int64_t i, int64_t j) {
   switch (c.kind) {
@@ -95,6 +102,35 @@ void AddQuery(const stf_problem& p, const DenseInputs& in, int64_t row, const st
 }
 
 }  // namespace
+
+uint32_t Encode(float x, int32_t dtype) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (dtype == STF_FLOAT32) return bits;
+  if (dtype == STF_BFLOAT16) return bits >> 16;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  return (bits >> 16 & 0x8000) | (magnitude < 0x38800000 ? 0 : (magnitude - 0x38000000) >> 13);
+}
+
+double Decode(uint32_t bits, int32_t dtype) {
+  if (dtype == STF_FLOAT16) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double x = exponent == 31  ? fraction ? NAN : INFINITY
+                     : exponent == 0 ? std::ldexp(fraction, -24)
+                                     : std::ldexp(1024 + fraction, exponent - 25);
+    return bits & 0x8000 ? -x : x;
+  }
+  float x;
+  if (dtype == STF_BFLOAT16) bits <<= 16;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+double Roundings(double got, const DenseResults& dense, Result result, size_t n, int32_t dtype) {
+  const double expected = dense.value[result][n];
+  if (got == expected) return 0;
+  return std::fabs(got - expected) / (kRoundoff[dtype] * dense.size[result][n] + kSmallest[dtype]);
+}
 
 DenseResults DenseAttention(const stf_problem& p, const DenseInputs& inputs) {
   const int64_t rows = p.batch * p.heads * p.positions, depths[] = {p.value_depth, 1, p.key_depth, p.key_depth, p.value_depth};
