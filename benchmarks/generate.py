@@ -13,6 +13,7 @@ reads of the caches, over the copy rate, which is measured first.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -38,6 +39,7 @@ GPU_ROWS = [
     *(("cifar10", batch, 0) for batch in (1, 16, 64)),
     *(("cifar10", 16, prefix) for prefix in (0.5, 1)),
     *(("enwik8", batch, 0) for batch in (1, 16)),
+    *(("enwik8", 16, prefix) for prefix in (0.5, 1)),
 ]
 GROWTH = {
     "causal": lambda patterns, root: patterns.Causal(),
@@ -71,8 +73,6 @@ def bytes_of_a_token(model, sampler):
 
 def measure(model, batch, begin, rate, recompute=True):
     """A row's numbers: `begin` tokens of prefix, `CALLS` calls of `CALL` tokens behind it as far as there is room."""
-    import tensorflow as tf
-
     from stf.generation import Sampler
 
     prefix = np.random.default_rng(0).integers(0, 256, (batch, begin)).astype("int32")
@@ -101,22 +101,36 @@ def measure(model, batch, begin, rate, recompute=True):
         "floor_ms": 1e3 * bytes_of_a_token(model, sampler) / rate,
     }
     if recompute:
-        whole = tf.function(lambda x: model(x)[:, -1], jit_compile=True)
-        tokens = tf.zeros([batch, model.length], tf.int32)
-        whole(tokens)
-        start = time.perf_counter()
-        whole(tokens).numpy()
-        row["recompute_ms"] = 1e3 * (time.perf_counter() - start)
+        row["recompute_ms"] = recompute_ms(model, batch)
     return row
 
 
-def torch_ms(config, batch, begin):
-    """The peer's milliseconds a token, or None where it does not run."""
+@functools.cache
+def recompute_ms(model, batch):
+    """Milliseconds of one pass over all positions, compiled."""
+    import tensorflow as tf
+
+    whole = tf.function(lambda x: model(x)[:, -1], jit_compile=True)
+    tokens = tf.zeros([batch, model.length], tf.int32)
+    whole(tokens)
+    start = time.perf_counter()
+    whole(tokens).numpy()
+    return 1e3 * (time.perf_counter() - start)
+
+
+@functools.cache
+def torch_ms(preset, batch):
+    """The peer's milliseconds a token, or None where it does not run. It looks at the whole cache wherever it is."""
+    import stf
+
+    config = stf.models.SparseTransformer.from_preset(preset).get_config()
     names = ("num_blocks", "num_heads", "model_dim", "key_dim", "value_dim", "ff_dim", "length")
-    arguments = json.dumps({name: config[name] for name in names} | {"batch": batch, "begin": begin})
+    arguments = json.dumps({name: config[name] for name in names} | {"batch": batch, "begin": 0})
     peer = HERE / "peers" / "torch_generate.py"
     python = os.environ.get("STF_TORCH_PYTHON", sys.executable)
-    done = subprocess.run([python, str(peer), arguments], capture_output=True, text=True)
+    # What leads TensorFlow to its libraries would lead PyTorch to them too.
+    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
+    done = subprocess.run([python, str(peer), arguments], env=plain, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])["ms"] if done.returncode == 0 else None
 
 
@@ -125,16 +139,17 @@ def table(result, only, output):
     import stf
 
     rate = result["copy_GB_s"] * 1e9
+    policy = "mixed_bfloat16" if result["gpu"] else "float32"
+    make = functools.cache(lambda preset: stf.models.SparseTransformer.from_preset(preset, dtype=policy))
     print(f"{'preset':18}{'batch':>6}{'prefix':>8}{'ms':>9}{'tokens/s':>10}{'floor':>8}{'recompute':>11}{'torch':>8}")
     for preset, batch, share in GPU_ROWS if result["gpu"] else CPU_ROWS:
         if only not in preset:
             continue
-        policy = "mixed_bfloat16" if result["gpu"] else "float32"
-        model = stf.models.SparseTransformer.from_preset(preset, dtype=policy)
+        model = make(preset)
         begin = min(int(share * model.length), model.length - CALL - 1)
         row = {"preset": preset, "batch": batch, "prefix": begin, "length": model.length}
         row |= measure(model, batch, begin, rate)
-        row["torch_ms"] = torch_ms(model.get_config(), batch, begin)
+        row["torch_ms"] = torch_ms(preset, batch)
         result["rows"].append(row)
         peer = f"{row['torch_ms']:8.2f}" if row["torch_ms"] else "       -"
         print(

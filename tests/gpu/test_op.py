@@ -3,6 +3,9 @@
 import itertools
 import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -104,6 +107,35 @@ def test_graph_of_dynamic_shapes_and_saved_model(tmp_path):
         q, k, v = random_inputs(1, 2, n, 2, 8, 8)[:3]
         with tf.device("GPU:0"):
             np.testing.assert_allclose(again.call(q, k, v), stf.ops.reference_attention(q, k, v, PATTERN), atol=1e-5)
+
+
+IN_A_GRAPH = """
+import tensorflow as tf, stf
+
+@tf.function(jit_compile=True)
+def compute(x):
+    pattern = stf.patterns.Local(12) | stf.patterns.Strided(12)
+    y = stf.ops.attention(tf.sin(x), tf.cos(x), x, pattern)
+    return tf.exp(stf.ops.attention(2 * y, tf.cos(y), y, pattern))
+
+x = tf.random.stateless_normal([2, 100, 2, 32], [1, 2])
+first = compute(x)
+for _ in range(5):
+    tf.debugging.assert_equal(compute(x), first)
+"""
+
+
+def test_inside_a_command_buffer(tmp_path):
+    """XLA captures the op in a CUDA graph, with the kernels around it, and its results stay the same."""
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_gpu_graph_min_graph_size=1"
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+    subprocess.run([sys.executable, "-c", IN_A_GRAPH], env=environment, check=True)
+    [before] = tmp_path.glob("*compute*.thunk_sequence.txt")
+    assert before.read_text().count("kCustomCall") == 2
+    [after] = tmp_path.glob("*compute*.thunk_sequence_after_thunk_passes.txt")
+    lines = after.read_text().splitlines()
+    assert [line.split()[1] for line in lines if re.match(r"\d+:", line)] == ["kCommandBuffer"]
+    assert sum("kCustomCall" in line for line in lines) == 2
 
 
 def small_model(seed=1, **arguments):

@@ -12,13 +12,13 @@ namespace stf {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32, kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kRows = 16, kColumns = 8;  // of a tile of a product
-constexpr int kLine = 1024;              // bytes of a row of the input that are worked on at a time
-constexpr int kVector = 8;               // elements of a key or value that a lane loads
+constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kRows = 16, kColumns = 16;  // of a tile of a product
+constexpr int kLine = 1024;               // bytes of a row of the input that are worked on at a time
+constexpr int kVector = 8;                // elements of a key or value that a lane loads
 constexpr int kMostDepth = kWarp * kVector;
-constexpr int kReads = 16;                     // keys and values that a warp takes at a time
-constexpr int kKeyLoads = 4, kValueLoads = 8;  // of these, that a lane has under way
+constexpr int kReads = 16;  // keys and values that a warp takes at a time
+constexpr int kLoads = 4;   // of these, that a lane has under way
 constexpr float kLog2E = 1.44269504f;
 
 struct Part {
@@ -134,54 +134,61 @@ struct Operands {
   T kernel[kInner][kColumns];
 };
 
+template <typename T>
 struct Shared {
   union {
-    Operands<__nv_bfloat16> bfloats;
-    Operands<__half> halves;
-    Operands<float> floats;
+    Operands<T> operands[2];             // one is filled while the other is used
     float attended[kWarps][kMostDepth];  // of a head's softmax, by each warp's keys
   };
   float sums[kWarps][kRows][kColumns];  // of a tile, by each warp's part of the inner axis
   float maximum[kWarps], total[kWarps];
   bool last;
-
-  __device__ Operands<__nv_bfloat16>& Of(__nv_bfloat16) { return bfloats; }
-  __device__ Operands<__half>& Of(__half) { return halves; }
-  __device__ Operands<float>& Of(float) { return floats; }
 };
 
-// Adds the product of a warp's part of the inner axis to a tile: lane l has elements l / 4 and l / 4 + 8 down, 2 (l % 4) and one more
-// across.
+// Adds the product of a warp's part of the inner axis to a tile, of which it has eight columns at a time: lane l has elements l / 4 and l /
+// 4
+// + 8 down, 2 (l % 4) and one more across.
+using Sums = float[kColumns / 8][4];
+
 template <typename T>
-__device__ inline void Multiply(const Operands<T>& o, int inner, float (&sum)[4]) {
+__device__ inline void MultiplyAdd(float (&sum)[4], const uint32_t (&a)[4], uint32_t b, uint32_t c) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(c));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(c));
+  }
+}
+
+template <typename T>
+__device__ inline void Multiply(const Operands<T>& o, int inner, Sums& sum) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int k = warp * 16; k < inner; k += kWarps * 16) {
-    uint32_t a[4], b[2];
+    uint32_t a[4], b[4];
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                  : "r"(SharedAddress(&o.input[lane % 16][k + lane / 16 * 8])));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(b[0]), "=r"(b[1])
-                 : "r"(SharedAddress(&o.kernel[k + lane % 16][0])));
-    if constexpr (std::is_same_v<T, __half>) {
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                   : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    } else {
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                   : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    }
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(SharedAddress(&o.kernel[k + lane % 16][lane / 16 * 8])));
+    MultiplyAdd<T>(sum[0], a, b[0], b[1]);
+    MultiplyAdd<T>(sum[1], a, b[2], b[3]);
   }
 }
-__device__ inline void Multiply(const Operands<float>& o, int inner, float (&sum)[4]) {
+__device__ inline void Multiply(const Operands<float>& o, int inner, Sums& sum) {
   const int warp = threadIdx.x / kWarp, row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll 4
   for (int k = warp; k < inner; k += kWarps) {
-    const float2 w = *reinterpret_cast<const float2*>(&o.kernel[k][column]);
     const float x = o.input[row][k], y = o.input[row + 8][k];
-    sum[0] += x * w.x, sum[1] += x * w.y, sum[2] += y * w.x, sum[3] += y * w.y;
+#pragma unroll
+    for (int g = 0; g < kColumns / 8; g++) {
+      const float2 w = *reinterpret_cast<const float2*>(&o.kernel[k][8 * g + column]);
+      sum[g][0] += x * w.x, sum[g][1] += x * w.y, sum[g][2] += y * w.x, sum[g][3] += y * w.y;
+    }
   }
 }
 
@@ -216,18 +223,20 @@ struct Product {
     bias += static_cast<int64_t>(block) * out;
   }
 
+  __device__ int ColumnTiles() const { return (out + kColumns - 1) / kColumns; }
+
   // Asks for the weights of this thread block's first tile.
   __device__ void Prefetch() const {
-    const int column = blockIdx.x % (out / kColumns) * kColumns;
+    const int column = blockIdx.x % ColumnTiles() * kColumns;
     for (int k = threadIdx.x; k < in; k += kThreads) stf::cuda::Prefetch(kernel + static_cast<int64_t>(k) * out + column);
   }
 
-  // Begins to copy a tile's columns of a part of the kernel to shared memory.
+  // Begins to copy a tile's columns of a part of the kernel to shared memory; what the kernel does not have is 0.
   __device__ void CopyKernel(int first, int inner, int column, Operands<T>* to) const {
     constexpr int kPieces = kColumns * sizeof(T) / 16;  // of a row
     for (int i = threadIdx.x; i < RoundUp(inner) * kPieces; i += kThreads) {
       const int k = i / kPieces, piece = i % kPieces * (16 / static_cast<int>(sizeof(T)));
-      if (k < inner) {
+      if (k < inner && column + piece < out) {
         CopyAsync(&to->kernel[k][piece], kernel + static_cast<int64_t>(first + k) * out + column + piece);
       } else {
         *reinterpret_cast<uint4*>(&to->kernel[k][piece]) = uint4{};
@@ -240,10 +249,10 @@ struct Product {
 // A warp's rows of a tile's input: those of its number and eight further.
 template <typename T>
 struct InputRows {
-  static constexpr int kEach = kRows / kWarps, kLoads = Operands<T>::kInner / (4 * kWarp);
+  static constexpr int kEach = kRows / kWarps, kPieces = Operands<T>::kInner / (4 * kWarp);
   const float* rows[kEach];
   float mean[kEach] = {}, scale[kEach];
-  float4 x[kEach][kLoads];
+  float4 x[kEach][kPieces];
 
   // Rows behind the last are the last's again; nothing comes of them.
   __device__ InputRows(const Product<T>& product, int first_row, int batch) {
@@ -258,7 +267,7 @@ struct InputRows {
   __device__ void Load(int first, int inner) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int i = 0; i < kLoads; i++) {
+    for (int i = 0; i < kPieces; i++) {
       const int k = 4 * (i * kWarp + lane);
 #pragma unroll
       for (int r = 0; r < kEach; r++) x[r][i] = k < inner ? GetFour(rows[r] + first + k) : float4{mean[r], mean[r], mean[r], mean[r]};
@@ -272,7 +281,7 @@ struct InputRows {
     for (int first = 0; first < in; first += kInner) {
       if (in > kInner) Load(first, min(kInner, in - first));
 #pragma unroll
-      for (int i = 0; i < kLoads; i++) {
+      for (int i = 0; i < kPieces; i++) {
 #pragma unroll
         for (int r = 0; r < kEach; r++) sum[r] += x[r][i].x + x[r][i].y + x[r][i].z + x[r][i].w;
       }
@@ -283,7 +292,7 @@ struct InputRows {
       if (in > kInner) Load(first, min(kInner, in - first));
       const int lane = threadIdx.x % kWarp;
 #pragma unroll
-      for (int i = 0; i < kLoads; i++) {
+      for (int i = 0; i < kPieces; i++) {
         if (first + 4 * (i * kWarp + lane) >= in) break;
 #pragma unroll
         for (int r = 0; r < kEach; r++) {
@@ -300,7 +309,7 @@ struct InputRows {
   __device__ void Put(int inner, Operands<T>* to) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int i = 0; i < kLoads; i++) {
+    for (int i = 0; i < kPieces; i++) {
       const int k = 4 * (i * kWarp + lane);
       if (k >= RoundUp(inner)) break;
 #pragma unroll
@@ -351,18 +360,17 @@ __device__ inline void Store(const Params& p, const Place& at, int row, int colu
 // Runs a phase that is a product. Waits at the barrier before it reads what other phases write. A tile is of kRows rows and kColumns
 // columns.
 template <typename T, typename C>
-__device__ inline void Run(const Product<T>& product, const Params& p, const Place& at, GridBarrier* barrier, Shared* shared) {
+__device__ inline void Run(const Product<T>& product, const Params& p, const Place& at, GridBarrier* barrier, Shared<T>* shared) {
   constexpr int kInner = Operands<T>::kInner;
-  Operands<T>& operands = shared->Of(T());
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, column_tiles = product.out / kColumns;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, column_tiles = product.ColumnTiles();
   const int tiles = (p.batch + kRows - 1) / kRows * column_tiles, in = product.in;
   bool waited = false;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int row_tile = tile / column_tiles, first_row = row_tile * kRows, first_column = (tile - row_tile * column_tiles) * kColumns;
     // The element of the tile that this thread ends.
     const int row = first_row + threadIdx.x / kColumns, column = first_column + threadIdx.x % kColumns;
-    const bool ends = threadIdx.x < kRows * kColumns && row < p.batch;
-    product.CopyKernel(0, min(kInner, in), first_column, &operands);
+    const bool ends = threadIdx.x < kRows * kColumns && row < p.batch && column < product.out;
+    product.CopyKernel(0, min(kInner, in), first_column, shared->operands);
     float end = ends ? __ldg(product.bias + column) : 0.0f;
     if (!waited) barrier->Wait();
     waited = true;
@@ -370,21 +378,31 @@ __device__ inline void Run(const Product<T>& product, const Params& p, const Pla
     input.Load(0, min(kInner, in));
     if (ends && (at.phase == kCombine || at.phase == kOutput)) end += Get(p.stream + static_cast<int64_t>(row) * p.width + column);
     if (product.normalized) input.Normalize(in, p.epsilon);
-    float sum[4] = {};
-    for (int first = 0; first < in;) {
-      const int inner = min(kInner, in - first);
-      input.Put(inner, &operands);
+    Sums sum = {};
+    Operands<T>* operands = shared->operands;
+    for (int first = 0, inner = min(kInner, in); inner > 0;) {
+      input.Put(inner, operands);
       asm volatile("cp.async.wait_all;" ::: "memory");
       __syncthreads();
-      Multiply(operands, inner, sum);
+      const Operands<T>& ready = *operands;
+      const int multiplied = inner;
       first += kInner;
-      if (first >= in) break;
-      __syncthreads();
-      product.CopyKernel(first, min(kInner, in - first), first_column, &operands);
-      input.Load(first, min(kInner, in - first));
+      inner = min(kInner, in - first);
+      if (inner > 0) {
+        operands = operands == shared->operands ? operands + 1 : shared->operands;
+        product.CopyKernel(first, inner, first_column, operands);
+        input.Load(first, inner);
+      }
+      Multiply(ready, multiplied, sum);
     }
-    *reinterpret_cast<float2*>(&shared->sums[warp][lane / 4][lane % 4 * 2]) = {sum[0], sum[1]};
-    *reinterpret_cast<float2*>(&shared->sums[warp][lane / 4 + 8][lane % 4 * 2]) = {sum[2], sum[3]};
+#pragma unroll
+    for (int g = 0; g < kColumns / 8; g++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        *reinterpret_cast<float2*>(&shared->sums[warp][lane / 4 + 8 * half][8 * g + lane % 4 * 2]) = {sum[g][2 * half],
+                                                                                                      sum[g][2 * half + 1]};
+      }
+    }
     __syncthreads();
     if (ends) {
 #pragma unroll
@@ -435,25 +453,20 @@ struct Rows {
       }
     }
   }
-
-  // Asks for a slot's row.
-  __device__ void Prefetch(int slot) const {
-    for (int e = 0; e < depth; e += 128 / static_cast<int>(sizeof(C))) stf::cuda::Prefetch(begin + slot * stride + e);
-  }
 };
 
 // Takes kReads slots, a lane's in `slot`, into the softmax.
 template <typename C>
 __device__ inline void Attend(const Rows<C>& keys, const Rows<C>& values, int slot, const float (&query)[kVector], Softmax* softmax) {
   const int lane = threadIdx.x % kWarp;
-  Vector<C> key[kKeyLoads], value[kValueLoads];
+  Vector<C> key[kLoads], value[kLoads];
   keys.Load(slot, 0, key);
   values.Load(slot, 0, value);
   float score = -INFINITY;
   for (int first = 0; first < kReads;) {
     const int rows = kWarp / keys.lanes;
 #pragma unroll
-    for (int i = 0; i < kKeyLoads; i++) {
+    for (int i = 0; i < kLoads; i++) {
       float dot = 0;
 #pragma unroll
       for (int e = 0; e < kVector; e++) dot += query[e] * key[i][e];
@@ -462,7 +475,7 @@ __device__ inline void Attend(const Rows<C>& keys, const Rows<C>& values, int sl
       const float given = __shfl_sync(~0u, dot, mine * keys.lanes & (kWarp - 1));
       if (mine >= 0 && mine < rows && slot >= 0) score = given;
     }
-    first += kKeyLoads * rows;
+    first += kLoads * rows;
     if (first < kReads) keys.Load(slot, first, key);
   }
   float maximum = score;
@@ -478,12 +491,12 @@ __device__ inline void Attend(const Rows<C>& keys, const Rows<C>& values, int sl
   for (int first = 0; first < kReads;) {
     const int rows = kWarp / values.lanes;
 #pragma unroll
-    for (int i = 0; i < kValueLoads; i++) {
+    for (int i = 0; i < kLoads; i++) {
       const float w = __shfl_sync(~0u, weight, first + i * rows + lane / values.lanes & (kWarp - 1));
 #pragma unroll
       for (int e = 0; e < kVector; e++) softmax->output[e] += w * value[i][e];
     }
-    first += kValueLoads * rows;
+    first += kLoads * rows;
     if (first < kReads) values.Load(slot, first, value);
   }
 }
@@ -518,38 +531,26 @@ __device__ inline void EachReads(const Params& p, const Place& at, const Task& t
         const int read = group * kReads + lane;
         return lane < kReads && read < part.reads ? __ldg(p.reads + part.first_read + read) : -1;
       };
-      int slot = slot_of(group), next = slot_of(group + workers);
       for (; group < groups; group += workers) {
-        const int after = slot_of(group + 2 * workers);
-        if (next >= 0) keys.Prefetch(next), values.Prefetch(next);
-        if (__any_sync(~0u, slot >= 0) && !apply(keys, values, slot)) return;
-        slot = next, next = after;
+        const int slot = slot_of(group);
+        if (__any_sync(~0u, slot >= 0)) apply(keys, values, slot);
       }
     }
     group -= groups;
   }
 }
 
-// Asks for the first keys and values that each warp will read. The position's own are being written meanwhile.
-template <typename C>
-__device__ inline void PrefetchCaches(const Params& p, const Place& at, int task) {
-  EachReads<C>(p, at, Task(p, task), [](const Rows<C>& keys, const Rows<C>& values, int slot) {
-    if (slot >= 0) keys.Prefetch(slot), values.Prefetch(slot);
-    return false;
-  });
-}
-
 // Whether this thread block is the last of so many that come here; then it sees what all have written, and the count begins again.
-__device__ inline bool LastOf(int thread_blocks, uint32_t* count, Shared* shared) {
+__device__ inline bool LastOf(int thread_blocks, uint32_t* count, bool* last) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    shared->last = atomicAdd(count, 1) + 1 == thread_blocks;
-    if (shared->last) *count = 0;
+    *last = atomicAdd(count, 1) + 1 == thread_blocks;
+    if (*last) *count = 0;
     __threadfence();
   }
   __syncthreads();
-  return shared->last;
+  return *last;
 }
 
 // A thread's element of a head's attention, from those of all splits.
@@ -568,8 +569,8 @@ __device__ inline void MergeSplits(const Params& p, int64_t row, int64_t value, 
 }
 
 // Runs the phase that is attention, a task of it.
-template <typename C>
-__device__ inline void Attention(const Params& p, const Place& at, const Task& task, Shared* shared) {
+template <typename T, typename C>
+__device__ inline void Attention(const Params& p, const Place& at, const Task& task, Shared<T>* shared) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(task.batch) * p.heads + task.head;
   const int element = lane % LanesOf(p.key_depth) * kVector;
@@ -579,10 +580,7 @@ __device__ inline void Attention(const Params& p, const Place& at, const Task& t
     *reinterpret_cast<float4*>(query) = GetFour(from), *reinterpret_cast<float4*>(query + 4) = GetFour(from + 4);
   }
   Softmax softmax;
-  EachReads<C>(p, at, task, [&](const Rows<C>& keys, const Rows<C>& values, int slot) {
-    Attend(keys, values, slot, query, &softmax);
-    return true;
-  });
+  EachReads<C>(p, at, task, [&](const Rows<C>& keys, const Rows<C>& values, int slot) { Attend(keys, values, slot, query, &softmax); });
   // All of the warp's, then all warps'.
   softmax.sum = SumOverLanes(softmax.sum);
   const int lanes = LanesOf(p.value_depth);
@@ -596,6 +594,7 @@ __device__ inline void Attention(const Params& p, const Place& at, const Task& t
   }
   if (lane == 0) shared->maximum[warp] = softmax.maximum, shared->total[warp] = softmax.sum;
   __syncthreads();
+  const bool exists = threadIdx.x < p.value_depth;
   float maximum = -INFINITY, total = 0, output = 0;
 #pragma unroll
   for (int i = 0; i < kWarps; i++) maximum = fmaxf(maximum, shared->maximum[i]);
@@ -603,17 +602,16 @@ __device__ inline void Attention(const Params& p, const Place& at, const Task& t
   for (int i = 0; i < kWarps; i++) {
     const float weight = shared->maximum[i] == -INFINITY ? 0.0f : exp2f(shared->maximum[i] - maximum);
     total += weight * shared->total[i];
-    if (weight > 0) output += weight * shared->attended[i][threadIdx.x];
+    if (exists && weight > 0) output += weight * shared->attended[i][threadIdx.x];
   }
   const int64_t value = row * p.value_depth + threadIdx.x;
-  const bool exists = threadIdx.x < p.value_depth;
   if (p.splits == 1) {
     if (exists) p.attended[value] = total == 0 ? 0.0f : output / total;
   } else {
     const int64_t of_split = static_cast<int64_t>(task.split) * p.batch * p.heads;
     if (exists) p.partial[of_split * p.value_depth + value] = output;
     if (threadIdx.x == 0) p.softmax[2 * (of_split + row)] = maximum, p.softmax[2 * (of_split + row) + 1] = total;
-    if (LastOf(p.splits, p.arrived + 1 + row, shared)) MergeSplits(p, row, value, exists);
+    if (LastOf(p.splits, p.arrived + 1 + row, &shared->last)) MergeSplits(p, row, value, exists);
   }
   __syncthreads();
 }
@@ -621,7 +619,8 @@ __device__ inline void Attention(const Params& p, const Place& at, const Task& t
 // T of the kernels, C of the caches.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kThreads, 1) Decode(const __grid_constant__ Params p) {
-  __shared__ Shared shared;
+  extern __shared__ __align__(16) char memory[];
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory);
   GridBarrier barrier = {p.arrived};
   const int64_t elements = static_cast<int64_t>(p.batch) * p.width;
   for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < elements; i += gridDim.x * kThreads) {
@@ -632,11 +631,10 @@ __global__ void __launch_bounds__(kThreads, 1) Decode(const __grid_constant__ Pa
   // One copy of the code of all products: instructions that are run once a block come from far.
 #pragma unroll 1
   while (at.block < p.blocks) {
-    if (at.phase == kProject && first_task < tasks) PrefetchCaches<C>(p, at, first_task);
     if (at.phase == kAttend) {
       Product<T>(p, at.block, kCombine).Prefetch();
       barrier.Wait();
-      for (int task = first_task; task < tasks; task += gridDim.x) Attention<C>(p, at, Task(p, task), &shared);
+      for (int task = first_task; task < tasks; task += gridDim.x) Attention<T, C>(p, at, Task(p, task), &shared);
     } else {
       if (at.phase == kCombine) Product<T>(p, at.block, kHidden).Prefetch();
       if (at.phase == kHidden) Product<T>(p, at.block, kOutput).Prefetch();
@@ -685,22 +683,27 @@ size_t Divide(const stf_decode& d, int64_t splits, void* begin, Params* p) {
   return arena.used();
 }
 
+struct Kernel {
+  const void* function;
+  size_t shared;  // bytes of shared memory
+};
+
 template <typename T, typename C>
-const void* KernelOf() {
-  return reinterpret_cast<const void*>(Decode<T, C>);
+Kernel KernelOf() {
+  return {reinterpret_cast<const void*>(Decode<T, C>), sizeof(Shared<T>)};
 }
 
-const void* KernelOf(const stf_decode& d) {
+Kernel KernelOf(const stf_decode& d) {
   if (d.cache_dtype == STF_FLOAT32) {
     if (d.dtype == STF_FLOAT32) return KernelOf<float, float>();
     return d.dtype == STF_BFLOAT16 ? KernelOf<__nv_bfloat16, float>() : KernelOf<__half, float>();
   }
-  if (d.dtype != d.cache_dtype) return nullptr;
+  if (d.dtype != d.cache_dtype) return {};
   return d.dtype == STF_BFLOAT16 ? KernelOf<__nv_bfloat16, __nv_bfloat16>() : KernelOf<__half, __half>();
 }
 
 const char* Wrong(const stf_decode& d) {
-  if (!KernelOf(d)) return "the caches' dtype must be the stack's or float32";
+  if (!KernelOf(d).function) return "the caches' dtype must be the stack's or float32";
   if (d.width % kVector || d.hidden_width % kVector || d.key_depth % kVector || d.value_depth % kVector)
     return "widths and depths must be multiples of 8";
   if (d.key_depth > kMostDepth || d.value_depth > kMostDepth) return "depths must be 256 or less";
@@ -767,6 +770,8 @@ extern "C" const char* stf_stack_cuda_decode(const stf_decode* decode, const stf
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaMemsetAsync(p.arrived, 0, Counters(d), on);
   void* arguments[] = {&p};
-  if (!error) error = cudaLaunchCooperativeKernel(KernelOf(d), dim3(Multiprocessors()), dim3(kThreads), arguments, 0, on);
+  const Kernel kernel = KernelOf(d);
+  if (!error) error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kernel.shared));
+  if (!error) error = cudaLaunchCooperativeKernel(kernel.function, dim3(Multiprocessors()), dim3(kThreads), arguments, kernel.shared, on);
   return error ? cudaGetErrorString(error) : nullptr;
 }

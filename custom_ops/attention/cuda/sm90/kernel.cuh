@@ -88,7 +88,7 @@ __global__ __launch_bounds__((P::Tile::kThreads), (P::Tile::kBlocks)) void Sm90K
       if (!mask.Reaches(segment)) return;
       pass.Mainloop(context, mask, segment, warpgroup_begin, work_tile.end, own_key, own_value, rows, pipeline.Statistics(stage));
     });
-    if (threadIdx.x % 32 == 0) Arrive(pipeline.OwnEmpty(own.stage));
+    ArriveWarp(pipeline.OwnEmpty(own.stage));
     own.Next();
     pass.Epilogue(args, launch, work_tile, view, work_tile.first + lane_row);
   }

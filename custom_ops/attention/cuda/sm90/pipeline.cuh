@@ -17,6 +17,17 @@ __device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
 
 __device__ inline void Arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
+// A warp arrives, by one lane once all are here; where STF_RACECHECK is defined each does: compute-sanitizer's racecheck knows of what the
+// arriving thread alone has read.
+#ifdef STF_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ inline void ArriveWarp(uint32_t barrier) {
+  if (kWarpArrivals > 1 || threadIdx.x % 32 == 0) Arrive(barrier);
+}
+
 // Arrives, and has the barrier wait for so many bytes of the copy engine.
 __device__ inline void ArriveAndExpect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -174,11 +185,11 @@ struct Pipeline {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Tile::kStages; stage++) {
         InitBarrier(Full(stage), fills);
-        InitBarrier(Empty(stage), Tile::kConsumers / 32);
+        InitBarrier(Empty(stage), Tile::kConsumers / 32 * kWarpArrivals);
       }
       for (int stage = 0; stage < Tile::kOwnStages; stage++) {
         InitBarrier(OwnFull(stage), 1);
-        InitBarrier(OwnEmpty(stage), Tile::kConsumers / 32);
+        InitBarrier(OwnEmpty(stage), Tile::kConsumers / 32 * kWarpArrivals);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       FenceShared();
@@ -257,7 +268,7 @@ __device__ inline void Consume(const Pipeline<Tile>& pipeline, PipelineState<Til
     const StageInfo info = *pipeline.InfoOf(state->stage);
     if (info.count) use(info, state->stage);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) Arrive(pipeline.Empty(state->stage));
+    ArriveWarp(pipeline.Empty(state->stage));
     state->Next();
     if (info.flags & kLastStage) return;
   }
