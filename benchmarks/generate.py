@@ -28,6 +28,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 CALL, CALLS = 64, 10
+PEER_SECONDS = 150  # most that the peer may take, with its compilation
 CPU_ROWS = [
     *(("cifar10-small", batch, 0) for batch in (1, 8, 16, 64)),
     *(("cifar10-small", 8, prefix) for prefix in (0.5, 1)),
@@ -130,7 +131,12 @@ def torch_ms(preset, batch):
     python = os.environ.get("STF_TORCH_PYTHON", sys.executable)
     # What leads TensorFlow to its libraries would lead PyTorch to them too.
     plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
-    done = subprocess.run([python, str(peer), arguments], env=plain, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            [python, str(peer), arguments], env=plain, capture_output=True, text=True, timeout=PEER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return None
     return json.loads(done.stdout.splitlines()[-1])["ms"] if done.returncode == 0 else None
 
 

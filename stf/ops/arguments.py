@@ -26,6 +26,7 @@ def check_tensors(query, key, value, pattern, dtypes):
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a stf.patterns.Pattern. Received: pattern={pattern!r}")
     tensors = dict(query=query, key=key, value=value)
+    sizes = {}  # lists: a TensorShape would have an eager call take twice as long
     for name, tensor in tensors.items():
         if tensor is None:
             raise ValueError(f"{name} must be a tensor. Received: {name}=None")
@@ -33,22 +34,31 @@ def check_tensors(query, key, value, pattern, dtypes):
         if tensor.dtype not in dtypes:
             names = ", ".join(dtype.name for dtype in dtypes)
             raise ValueError(f"{name} must have one of the dtypes {names}. Received: {name}={_words(tensor)}")
-        if tensor.dtype != tensors["query"].dtype:
+        if tensor.dtype is not tensors["query"].dtype:
             raise ValueError(
                 f"{name} must have the query's dtype, {tensors['query'].dtype.name}. Received: {name}={_words(tensor)}"
             )
-        if tensor.shape.rank not in (None, 4):
+        rank = tensor.shape.rank
+        if rank not in (None, 4):
             raise ValueError(f"{name} must be [batch, position, head, depth]. Received: {name}={_words(tensor)}")
+        sizes[name] = [None] * 4 if rank is None else tensor.shape.as_list()
     query, key, value = tensors.values()
-    if query.shape.rank is None or query.shape[2] is None:
+    _, positions, heads, _ = sizes["query"]
+    if heads is None:
         raise ValueError(f"query must have a static number of heads. Received: query={_words(query)}")
-    _check_same("key", key, query, query.shape)
-    depth = value.shape[3] if value.shape.rank else None
-    _check_same("value", value, query, query.shape[:3].concatenate([depth]))
-    if query.shape[2] > 0:
-        pattern.check_heads(query.shape[2])
-    if query.shape[1] is not None:
-        pattern.check_positions(query.shape[1])
+    for name, axes in (("key", 4), ("value", 3)):
+        if any(
+            None not in pair and pair[0] != pair[1] for pair in zip(sizes[name][:axes], sizes["query"], strict=False)
+        ):
+            wanted = tf.TensorShape([*sizes["query"][:axes], *sizes[name][axes:]])
+            raise ValueError(
+                f"{name} must have shape {wanted}, as the query has. "
+                f"Received: {name}={_words(tensors[name])}, query={_words(query)}"
+            )
+    if heads > 0:
+        pattern.check_heads(heads)
+    if positions is not None:
+        pattern.check_positions(positions)
     return query, key, value
 
 
@@ -92,14 +102,6 @@ def check_scale(scale, query):
     if not abs(number) <= np.finfo(np.float32).max:
         raise ValueError(f"scale must be a finite Python number. Received: scale={scale!r}")
     return number
-
-
-def _check_same(name, tensor, query, shape):
-    if not tensor.shape.is_compatible_with(shape):
-        raise ValueError(
-            f"{name} must have shape {shape}, as the query has. "
-            f"Received: {name}={_words(tensor)}, query={_words(query)}"
-        )
 
 
 def _words(tensor):

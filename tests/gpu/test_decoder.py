@@ -120,3 +120,43 @@ def test_caches_are_written_in_place(models):
     beyond = tf.config.experimental.get_memory_info("GPU:0")["peak"] - before
     print(f"caches {sampler.cache_bytes / 2**20:.0f} MiB, peak beyond them {beyond / 2**20:.0f} MiB")
     assert beyond < 1.3 * sampler.cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"inputs": lambda x: x[None]}, r"input must be \[batch, width\].*\[1,2,48\]"),
+        ({"reads": lambda x: x[1:]}, r"reads must have shape \[20\].*reads=\[19\]"),
+        ({"writes": lambda x: x[1:]}, r"writes must have shape \[2\].*writes=\[1\]"),
+        ({"keys": lambda x: [x[0][1:], *x[1:]]}, r"keys must have slots for 3 layers.*23 slots"),
+        ({"values": lambda x: [x[0][..., :4], *x[1:]]}, r"values must have shape \[24,2,4,8\].*values=\[24,2,4,4\]"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_the_op_refuses_what_does_not_fit(changed, message):
+    decoder, _ = small(PATTERNS["merged"], "float32", 2)
+    [cache], stack = decoder.caches, decoder.model.stack
+    tensors = cache.zeros(2)
+    arguments = {
+        "inputs": tf.zeros([2, 48]),
+        "reads": cache.reads(tf.constant(5)),
+        "writes": cache.writes(tf.constant(5)),
+        "keys": tensors[0::2],
+        "values": tensors[1::2],
+    }
+    for name, change in changed.items():
+        arguments[name] = change(arguments[name])
+
+    @tf.function(jit_compile=True)
+    def run():
+        return stf.ops.residual_stack_decode(
+            weights=stack.stacked_weights(),
+            part_reads=[cache.part_reads],
+            num_heads=4,
+            key_depth=16,
+            epsilon=1e-5,
+            **arguments,
+        )[0]
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        run()

@@ -104,6 +104,7 @@ class DecodeXla : public tensorflow::XlaOpKernel {
     const TensorShape wanted[kStackWeights] = {{blocks, width, units},  {blocks, units},  {blocks, values, width}, {blocks, width},
                                                {blocks, width, hidden}, {blocks, hidden}, {blocks, hidden, width}, {blocks, width}};
     for (int i = 0; i < kStackWeights; i++) TF_RETURN_IF_ERROR(CheckShape(kStackWeightNames[i], weights[i], wanted[i]));
+    if (blocks < 1) return InvalidArgument("projection_kernel must have a block. Received: projection_kernel=", weights[0].DebugString());
     if (values % heads_)
       return InvalidArgument("attention_output_kernel must have a value_depth for each of num_heads=", heads_,
                              ". Received: attention_output_kernel=", weights[2].DebugString());
@@ -122,9 +123,9 @@ class DecodeXla : public tensorflow::XlaOpKernel {
         for (int t = begin; t < end; t++) {
           const int64_t heads = (heads_ - program + programs - 1) / programs,
                         all = context->InputShape(kDecodeCaches + t).dims() == 4 ? context->InputShape(kDecodeCaches + t).dim_size(0) : 0;
+          if (layers && all % layers) return InvalidArgument("keys must have slots for ", layers, " layers. Received: ", all, " slots");
           TF_RETURN_IF_ERROR(CheckShape("keys", context->InputShape(kDecodeCaches + t), {all, batch, heads, key_depth_}));
           TF_RETURN_IF_ERROR(CheckShape("values", context->InputShape(kDecodeCaches + count + t), {all, batch, heads, values / heads_}));
-          if (layers && all % layers) return InvalidArgument("keys must have slots for ", layers, " layers. Received: ", all, " slots");
           if (part_reads_[t] < 0) return InvalidArgument("part_reads must be 0 or more. Received: ", part_reads_[t]);
           reads += part_reads_[t];
           parts->push_back({nullptr, nullptr, layers ? all / layers : 0, part_reads_[t]});
