@@ -32,6 +32,7 @@ CUDA_SAMPLE = (
     "//custom_ops:attention_cuda_0_4",
     "//custom_ops:attention_cuda_host",
     "//custom_ops:residual_stack_cuda_rowwise",
+    "//custom_ops:residual_stack_decode_cuda_decode",
     "//custom_ops:residual_stack_cuda_host",
     "//custom_ops:tensorflow_gpu",
 )

@@ -145,9 +145,7 @@ struct Shared {
   bool last;
 };
 
-// Adds the product of a warp's part of the inner axis to a tile, of which it has eight columns at a time: lane l has elements l / 4 and l /
-// 4
-// + 8 down, 2 (l % 4) and one more across.
+// A lane's elements of a tile, eight columns at a time: rows lane / 4 and eight further down, columns 2 (lane % 4) and one further across.
 using Sums = float[kColumns / 8][4];
 
 template <typename T>
@@ -163,6 +161,7 @@ __device__ inline void MultiplyAdd(float (&sum)[4], const uint32_t (&a)[4], uint
   }
 }
 
+// Adds the product of a warp's part of the inner axis.
 template <typename T>
 __device__ inline void Multiply(const Operands<T>& o, int inner, Sums& sum) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -246,10 +245,11 @@ struct Product {
   }
 };
 
-// A warp's rows of a tile's input: those of its number and eight further.
+// A warp's rows of a tile's input.
 template <typename T>
 struct InputRows {
   static constexpr int kEach = kRows / kWarps, kPieces = Operands<T>::kInner / (4 * kWarp);
+  static_assert(kRows % kWarps == 0, "each warp has as many");
   const float* rows[kEach];
   float mean[kEach] = {}, scale[kEach];
   float4 x[kEach][kPieces];
@@ -513,8 +513,8 @@ struct Task {
   }
 };
 
-// What a warp reads of a head's caches: kReads at a time, in turn with the other warps of all splits. `apply` is called with keys and
-// values and the lane's slot, -1 where it has none, until it says that it is enough.
+// What a warp reads of a head's caches: kReads at a time, in turn with the other warps of all splits. `apply` is called with keys, values
+// and the lane's slot, -1 where it has none.
 template <typename C, typename Apply>
 __device__ inline void EachReads(const Params& p, const Place& at, const Task& task, Apply apply) {
   const int lane = threadIdx.x % kWarp, first = p.first_program[at.pattern], programs = p.first_program[at.pattern + 1] - first;
@@ -527,12 +527,9 @@ __device__ inline void EachReads(const Params& p, const Place& at, const Task& t
     if (group < groups) {
       const Rows<C> keys(part.keys, p, part, at.layer, task.batch, number, p.key_depth);
       const Rows<C> values(part.values, p, part, at.layer, task.batch, number, p.value_depth);
-      auto slot_of = [&](int group) {
-        const int read = group * kReads + lane;
-        return lane < kReads && read < part.reads ? __ldg(p.reads + part.first_read + read) : -1;
-      };
       for (; group < groups; group += workers) {
-        const int slot = slot_of(group);
+        const int read = group * kReads + lane;
+        const int slot = lane < kReads && read < part.reads ? __ldg(p.reads + part.first_read + read) : -1;
         if (__any_sync(~0u, slot >= 0)) apply(keys, values, slot);
       }
     }
@@ -647,14 +644,17 @@ __global__ void __launch_bounds__(kThreads, 1) Decode(const __grid_constant__ Pa
   }
 }
 
-// Thread blocks: one a multiprocessor.
+// Thread blocks: one a multiprocessor. The workspace has room for as many as may be, whichever GPU is at hand where it is asked for.
+constexpr int kMostMultiprocessors = 256;
+
 int Multiprocessors() {
   int device, count;
   if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) return 1;
-  return count;
+  return std::min(count, kMostMultiprocessors);
 }
 
-int64_t Splits(const stf_decode& d) {
+// How many thread blocks share a head's keys, so that all have some.
+int64_t Splits(const stf_decode& d, int multiprocessors) {
   int64_t most = 1;  // reads of a head
   for (int m = 0; m < d.period; m++) {
     for (int program = d.first_program[m]; program < d.first_program[m + 1]; program++) {
@@ -664,7 +664,7 @@ int64_t Splits(const stf_decode& d) {
     }
   }
   const int64_t tasks = std::max<int64_t>(d.batch * d.heads, 1);
-  return std::max<int64_t>(1, std::min(Multiprocessors() / tasks, (most + kWarps * kReads - 1) / (kWarps * kReads)));
+  return std::max<int64_t>(1, std::min(multiprocessors / tasks, (most + kWarps * kReads - 1) / (kWarps * kReads)));
 }
 
 // Bytes of what is 0 before the launch.
@@ -690,6 +690,7 @@ struct Kernel {
 
 template <typename T, typename C>
 Kernel KernelOf() {
+  static_assert(sizeof(Shared<T>) <= 99 << 10, "as much as every card from compute capability 8.0 on has");
   return {reinterpret_cast<const void*>(Decode<T, C>), sizeof(Shared<T>)};
 }
 
@@ -720,7 +721,7 @@ const char* Wrong(const stf_decode& d) {
 
 extern "C" size_t stf_stack_cuda_decode_workspace(const stf_decode* decode) {
   stf::cuda::Params p;
-  return stf::cuda::Divide(*decode, stf::cuda::Splits(*decode), nullptr, &p);
+  return stf::cuda::Divide(*decode, stf::cuda::Splits(*decode, stf::cuda::kMostMultiprocessors), nullptr, &p);
 }
 
 extern "C" const char* stf_stack_cuda_decode(const stf_decode* decode, const stf_stack_weights* weights, const void* input, void* output,
@@ -740,7 +741,7 @@ extern "C" const char* stf_stack_cuda_decode(const stf_decode* decode, const stf
   p.epsilon = d.epsilon;
   p.scale = d.scale;
   p.period = d.period;
-  p.splits = Splits(d);
+  p.splits = Splits(d, Multiprocessors());
   p.reads = d.reads;
   p.writes = d.writes;
   p.weights = *weights;
