@@ -4,8 +4,8 @@
         "value_dim": 32, "ff_dim": 256, "length": 3072, "batch": 8, "begin": 0}'
 
 Pre-norm blocks of the same sizes; keys and values of all positions in one tensor a block, written in place;
-scaled_dot_product_attention over the positions so far; one step compiled, in float32, on a CPU; on a GPU the blocks
-compiled, in bfloat16, and a step one CUDA graph; draws by torch.multinomial. Prints milliseconds a token.
+scaled_dot_product_attention over all of them, those to come masked; one step compiled, in float32, on a CPU; on a GPU
+the blocks compiled, in bfloat16, and a step one CUDA graph; draws by torch.multinomial. Prints milliseconds a token.
 """
 
 import json

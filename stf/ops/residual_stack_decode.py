@@ -12,7 +12,9 @@ MOST_DEPTH, MOST_PARTS, MOST_PROGRAMS, MOST_PATTERNS, VECTOR = 256, 48, 48, 16, 
 
 
 def runs_residual_stack_decode(dtype, cache_dtype, sizes, part_reads):
-    """Whether `residual_stack_decode` takes a stack of these sizes here: in a graph, for a GPU.
+    """Whether `residual_stack_decode` takes a stack of these sizes here: in a function for a GPU.
+
+    That XLA compiles the function is the caller's to know.
 
     Args:
         dtype: of the stack.
@@ -46,7 +48,7 @@ def residual_stack_decode(inputs, weights, part_reads, reads, writes, keys, valu
         part_reads: for each pattern that blocks take in turn, for each of its programs, how many of `reads` are each
             part's. Head h runs the program h modulo the number of them.
         reads: int32: for all parts, one behind another, the slots that the position attends to, its own among them;
-            -1: none.
+            -1: none. Numbers must be below the part's slots: where they lie, nothing can check it.
         writes: int32 `[part]`, the slot that the position's key and value go to; -1: none.
         keys: of each part `[layer * slot, batch, head of the program, key_depth]`, in the inputs' dtype or float32.
         values: the same, with the depth of values.

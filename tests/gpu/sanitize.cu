@@ -1,5 +1,5 @@
-// Runs every kind of kernel once, on few positions, for compute-sanitizer, which takes long under Python, and holds the results against
-// the formulas in float64. test_sanitize.py builds it, with the kernels, and runs it.
+// Runs every kind of attention kernel once, on few positions, for compute-sanitizer, which takes long under Python, and holds the results
+// against the formulas in float64. test_sanitize.py builds it, with the kernels, and runs it.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -51,7 +51,7 @@ def whole(x, weights, heads, key_depth, value_depth, masks, dtype, epsilon=1e-6)
 
 
 def random_parts(random, n, count):
-    """Disjoint causal masks `[n, n]` of a program's parts; a position's own key is always in one, but where none is."""
+    """Disjoint causal masks `[n, n]` of a program's parts; a position's own key may be in none, nor any other."""
     kept = np.tril(random.random((n, n)) < 0.6)
     part = random.integers(0, max(count, 1), (n, n))
     return [kept & (part == number) for number in range(count)]
@@ -123,11 +123,11 @@ def test_programs(patterns, heads):
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 8), (20, 8)])
 def test_many_keys(batch, heads):
-    """More than one thread block reads at a time, so that a head's softmax is in parts."""
+    """A head's softmax is in parts, of as many thread blocks; of the last shape in one, on most cards."""
     check(700, batch=batch, heads=heads, blocks=2, patterns=((2,),))
 
 
-def test_more_programs_than_one_read():
+def test_as_many_programs_as_there_may_be():
     check(70, heads=48, blocks=2, depths=(8, 8), patterns=((1,) * 48,))
 
 

@@ -128,10 +128,15 @@ def test_caches_are_written_in_place(models):
         ({"inputs": lambda x: x[None]}, r"input must be \[batch, width\].*\[1,2,48\]"),
         ({"reads": lambda x: x[1:]}, r"reads must have shape \[20\].*reads=\[19\]"),
         ({"writes": lambda x: x[1:]}, r"writes must have shape \[2\].*writes=\[1\]"),
+        ({"keys": lambda x: x[:1], "values": lambda x: x[:1]}, "keys and values must have a tensor.* 2 parts.* 1"),
+        (
+            {name: lambda x: [tf.cast(y, tf.bfloat16) for y in x] for name in ("keys", "values")},
+            "keys must be of the input's dtype, float, or float.*bfloat16",
+        ),
         ({"keys": lambda x: [x[0][1:], *x[1:]]}, r"keys must have slots for 3 layers.*23 slots"),
         ({"values": lambda x: [x[0][..., :4], *x[1:]]}, r"values must have shape \[24,2,4,8\].*values=\[24,2,4,4\]"),
     ],
-    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
 )
 def test_the_op_refuses_what_does_not_fit(changed, message):
     decoder, _ = small(PATTERNS["merged"], "float32", 2)

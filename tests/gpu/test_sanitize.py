@@ -1,4 +1,4 @@
-"""The CUDA kernels under compute-sanitizer: sanitize.cu, which compares what they give with float64 too."""
+"""Attention's CUDA kernels under compute-sanitizer: sanitize.cu, which compares what they give with float64 too."""
 
 import functools
 import importlib.util

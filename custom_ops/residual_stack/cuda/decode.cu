@@ -125,7 +125,7 @@ struct Place {
 // A part of an inner axis is filled up with zeros to what the tensor cores take at a time.
 __device__ inline int RoundUp(int inner) { return (inner + 15) / 16 * 16; }
 
-// A product of the inner axis' part that is in shared memory, by tensor cores for halves. An operand's rows lie 16 bytes further apart than
+// A product of the inner axis' part that is in shared memory, by tensor cores for halves. The input's rows lie 16 bytes further apart than
 // they are long, so that eight of them are in different banks.
 template <typename T>
 struct Operands {
@@ -704,6 +704,7 @@ Kernel KernelOf(const stf_decode& d) {
 }
 
 const char* Wrong(const stf_decode& d) {
+  if (d.blocks < 1) return "there must be a block";
   if (!KernelOf(d).function) return "the caches' dtype must be the stack's or float32";
   if (d.width % kVector || d.hidden_width % kVector || d.key_depth % kVector || d.value_depth % kVector)
     return "widths and depths must be multiples of 8";

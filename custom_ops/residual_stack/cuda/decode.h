@@ -39,11 +39,12 @@ typedef struct {
   const int32_t* first_program;  // [period + 1]
   const int32_t* first_part;     // [programs + 1]
   const stf_cache_part* parts;
-  const int32_t* reads;   // [the sum of all parts'] slots that the position attends to, its own among them; -1: none. Device memory
-  const int32_t* writes;  // [parts] the slot that the position's key and value are written to, or -1. Device memory
+  // Device memory. Numbers must be below the part's `slots`, which nothing checks.
+  const int32_t* reads;   // [the sum of all parts'] slots that the position attends to, its own among them; -1: none
+  const int32_t* writes;  // [parts] the slot that the position's key and value are written to, or -1
 } stf_decode;
 
-// Bytes of device memory, aligned to 256, that a call needs as `workspace`. Looks at the sizes and the parts' reads alone.
+// Bytes of device memory, aligned to 256, that a call needs as `workspace`, on whichever GPU. Dtypes and device memory are not looked at.
 size_t stf_stack_cuda_decode_workspace(const stf_decode* decode);
 
 // input, output: [batch, width]. All heads' softmax is over what is read of all parts of their program; attention to nothing gives 0.

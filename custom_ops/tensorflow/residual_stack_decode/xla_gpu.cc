@@ -71,6 +71,16 @@ class DecodeXla : public tensorflow::XlaOpKernel {
     TF_RETURN_IF_ERROR(context->GetAttr("first_program", &first_program_));
     TF_RETURN_IF_ERROR(context->GetAttr("first_part", &first_part_));
     TF_RETURN_IF_ERROR(context->GetAttr("part_reads", &part_reads_));
+    int64_t parts;
+    tensorflow::DataType dtype, cache_dtype;
+    TF_RETURN_IF_ERROR(context->GetAttr("num_parts", &parts));
+    TF_RETURN_IF_ERROR(context->GetAttr("T", &dtype));
+    TF_RETURN_IF_ERROR(context->GetAttr("C", &cache_dtype));
+    if (parts != static_cast<int64_t>(part_reads_.size()))
+      return InvalidArgument("keys and values must have a tensor for each of the ", part_reads_.size(), " parts. Received: ", parts);
+    if (cache_dtype != dtype && cache_dtype != tensorflow::DT_FLOAT)
+      return InvalidArgument("keys must be of the input's dtype, ", tensorflow::DataTypeString(dtype),
+                             ", or float. Received: ", tensorflow::DataTypeString(cache_dtype));
     if (!(epsilon_ > 0)) return InvalidArgument("epsilon must be above 0. Received: epsilon=", epsilon_);
     if (!std::isfinite(scale_)) return InvalidArgument("scale must be finite. Received: scale=", scale_);
     if (first_program_.size() < 2 || first_program_.size() > STF_DECODE_PATTERNS + 1)
