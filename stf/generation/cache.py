@@ -63,17 +63,17 @@ class KeyValueCache:
     @property
     def slots_read(self):
         """Positions that a step reads of each head, of one layer: a list of ints."""
-        return self._of_heads(lambda part: len(part.held(0)))
+        return self._of_heads(_reads)
 
     @property
     def part_reads(self):
         """For each program, how many slots a step reads of each of its parts: lists of ints."""
-        return [[part.held(0).shape[0] for part in parts] for parts in self._programs]
+        return [[_reads(part) for part in parts] for parts in self._programs]
 
     def reads(self, position):
         """For all parts, one behind another, the slots that the query at `position` attends to; -1: none. int32."""
         parts = itertools.chain(*self._programs)
-        return tf.concat([tf.where(part.seen(position), part.slots_read(position), -1) for part in parts], 0)
+        return tf.concat([tf.where(part.seen(position), part.read_slots(position), -1) for part in parts], 0)
 
     def writes(self, position):
         """The slot of each part that a position's key and value go to; -1: none. int32 `[part]`."""
@@ -185,6 +185,11 @@ class KeyValueCache:
                 key, value = next(tensors), next(tensors)
                 if program in (None, number):
                     yield heads, part, key, value
+
+
+def _reads(part):
+    """How many slots a step reads of a part."""
+    return part.held(0).shape[0]
 
 
 def _weighted(scores, values):

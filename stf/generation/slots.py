@@ -56,7 +56,7 @@ class Slots:
         """The slots `[read, batch, head, depth]` that the query at `position` reads, of a layer's."""
         return _part(tensor, self.slots, layer)
 
-    def slots_read(self, position):
+    def read_slots(self, position):
         """Which slots those are, int32 `[read]`."""
         return tf.range(self.slots)
 
@@ -106,7 +106,7 @@ class Residues(Slots):
     def read(self, tensor, position, layer):
         return _part(tensor, self._rows, layer * self._stride + position % self._stride)
 
-    def slots_read(self, position):
+    def read_slots(self, position):
         return position % self._stride * self._rows + tf.range(self._rows)
 
     def held(self, position):
@@ -184,9 +184,9 @@ class LiveBlocks(Slots):
         return tf.reshape(newest[:, None] * size + tf.range(size), [-1])
 
     def read(self, tensor, position, layer):
-        return tf.gather(tensor, layer * self.slots + self.slots_read(position))
+        return tf.gather(tensor, layer * self.slots + self.read_slots(position))
 
-    def slots_read(self, position):
+    def read_slots(self, position):
         size = self.component.a
         columns = tf.gather(self._of_row, position // size)
         places = tf.maximum(tf.gather(self._place, tf.maximum(columns, 0)), 0)
