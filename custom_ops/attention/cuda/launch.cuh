@@ -6,6 +6,7 @@
 #include "custom_ops/attention/cuda/sm80/backward.cuh"
 #include "custom_ops/attention/cuda/sm80/forward.cuh"
 #include "custom_ops/attention/cuda/sm80/packed.cuh"
+#include "custom_ops/attention/cuda/sm90/backward.cuh"
 #include "custom_ops/attention/cuda/sm90/packed.cuh"
 #include "custom_ops/attention/cuda/sm90/passes.cuh"
 #include "custom_ops/attention/cuda/sm90/tensor_maps.h"
@@ -72,6 +73,14 @@ cudaError_t RunSm90(Pass pass, const Arguments& args, const Launch& launch, cons
     return Partial(args) ? start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, true>>())
                          : start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, false>>());
   }
+  if (pass == kBackward) {
+    if constexpr (!kGeneral && FindSm90BackwardTile({kKeyDepth, kValueDepth}).accumulators > 0) {
+      using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
+      return StartSm90(Sm90BackwardKernel<T, kKeyDepth, kValueDepth>, Pipeline::kThreads, Pipeline::kTile.bytes(), machine.multiprocessors,
+                       pass, kKeyDepth, kValueDepth, args, launch, stream);
+    }
+    return cudaErrorInvalidConfiguration;
+  }
   if (pass == kQueryGrad) return start(Type<QueryGrad<T, kKeyDepth, kValueDepth, kGeneral>>());
   return start(Type<KeyGrad<T, kKeyDepth, kValueDepth, kGeneral>>());
 }
@@ -118,7 +127,7 @@ template <typename T, int kIndex>
 cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
   constexpr int kKeyDepth = kDepths[kIndex].key, kValueDepth = kDepths[kIndex].value;
   if constexpr (HasSm90Kernels(sizeof(T), kDepths[kIndex])) {
-    if (launch.sm90 && pass <= kKeyGrad) {
+    if (launch.sm90 && pass <= kBackward) {
       return launch.general ? RunSm90<T, kKeyDepth, kValueDepth, true>(pass, args, launch, machine, stream)
                             : RunSm90<T, kKeyDepth, kValueDepth, false>(pass, args, launch, machine, stream);
     }

@@ -91,7 +91,10 @@ class Planner {
         continue;
       }
       pass.sm90 = machine_.sm90;
-      if (backward) {
+      if (backward && InOnePass(program, from.members, length)) {
+        pass.kind = kBackward;
+        passes.push_back(pass);
+      } else if (backward) {
         pass.kind = kQueryGrad;
         passes.push_back(pass);
         pass.kind = kKeyGrad;
@@ -103,10 +106,32 @@ class Planner {
     return passes;
   }
 
+  // Tiles of 64 queries that a block of kBackwardKeys keys of a component reaches at the most.
+  static int64_t Reach(const stf_component& component, int64_t length) {
+    const int64_t whole = (length + 63) / 64;
+    if (component.kind == STF_LOCAL) return std::min(whole, (kBackwardKeys - 1 + component.a) / 64 + 1);
+    if (component.kind == STF_OWN_BLOCK) return std::min(whole, (kBackwardKeys - 1 + component.a - 1) / 64 + 1);
+    return whole;
+  }
+
+  // Whether a backward pass over sequences of `length` positions is one launch (sm90/backward.cuh).
+  bool InOnePass(int32_t program, uint64_t members, int64_t length) const {
+    if (!machine_.sm90 || members == 0 || (members & (members - 1)) != 0) return false;
+    const stf_component& component = Components(program)[__builtin_ctzll(members)];
+    if (component.kind == STF_SUMMARY || component.kind == STF_BLOCKS || component.exclude != 0) return false;
+    const Sm90BackwardTile tile = FindSm90BackwardTile(kDepths[depths_]);
+    return tile.accumulators > 0 && Reach(component, length) <= tile.reach();
+  }
+
   // All components over plain positions. Summaries number their keys in their own way, each.
   void AddPlain(int32_t program, uint64_t plain, bool backward, std::deque<PlannedPass>* passes) const {
     PlannedPass pass = {kForward, plain, 1, 0, 1, 0, machine_.sm90};
     if (!backward) {
+      passes->push_back(pass);
+      return;
+    }
+    if (InOnePass(program, plain, problem_.positions)) {
+      pass.kind = kBackward;
       passes->push_back(pass);
       return;
     }
@@ -135,7 +160,7 @@ class Planner {
         pass.first = query == nullptr;
         query = &pass;
       }
-      if (pass.kind == kKeyGrad || pass.kind == kPackedBackward) {
+      if (pass.kind == kKeyGrad || pass.kind == kBackward || pass.kind == kPackedBackward) {
         pass.key_first = key == nullptr;
         key = &pass;
       }
@@ -201,6 +226,7 @@ class Planner {
       launch->tiles = static_cast<int32_t>((pass.sequences + packs - 1) / packs);
       return;
     }
+    if (pass.kind == kBackward) return CutIntoRuns(launch);
     const int rows = TileRows(pass.kind, problem_.dtype, depths_, machine_);
     launch->tiles = static_cast<int32_t>((longest + rows - 1) / rows);
     launch->work_tiles = int64_t{launch->tiles} * launch->sequences * launch->head_slots * problem_.batch;
@@ -212,6 +238,29 @@ class Planner {
         if ((bounded ? c.a : launch->longest) > kPersistentColumns) launch->persistent = false;
       }
     }
+  }
+
+  // Cuts the keys of a backward pass in one into runs, so that the blocks of threads, one a multiprocessor, end together. A run walks
+  // keys of the run before, too.
+  void CutIntoRuns(Launch* launch) const {
+    const int64_t blocks = (launch->longest + kBackwardKeys - 1) / kBackwardKeys;
+    const int64_t sequences = int64_t{launch->sequences} * launch->head_slots * problem_.batch;
+    int64_t reach = 0, least = INT64_MAX;
+    for (int slot = 0; slot < launch->programs; slot++) {
+      const stf_component* components = Components(launch->number[slot]);
+      reach = std::max(reach, Reach(components[__builtin_ctzll(launch->members[slot])], launch->longest));
+    }
+    for (int64_t runs = 1; runs <= std::min<int64_t>(blocks, 4096); runs++) {
+      const int64_t run = (blocks + runs - 1) / runs, work_tiles = (blocks + run - 1) / run * sequences;
+      const int64_t rounds = (work_tiles + machine_.multiprocessors - 1) / machine_.multiprocessors;
+      const int64_t time = rounds * (2 * run + (run < blocks ? reach / 2 : 0));
+      if (time >= least) continue;
+      least = time;
+      launch->run = static_cast<int32_t>(run);
+      launch->tiles = static_cast<int32_t>((blocks + run - 1) / run);
+    }
+    launch->work_tiles = launch->tiles * sequences;
+    launch->persistent = true;
   }
 
   // Rows of a program's longest sequence of queries, or of its keys.
@@ -246,7 +295,7 @@ std::shared_ptr<const Plan> PlanOf(const stf_problem& problem, const Machine& ma
   static Cache<Plan, 1024> plans;
   Key key;
   key.Add(problem.batch, problem.positions, problem.heads, int64_t{FindDepths(problem)}, problem.dtype, machine.memory)
-      .Add(machine.sm90, backward)
+      .Add(machine.sm90, machine.multiprocessors, backward)
       .AddAll(problem.program_begin, problem.programs + 1)
       .AddAll(problem.components + problem.program_begin[0], problem.program_begin[problem.programs] - problem.program_begin[0]);
   std::shared_ptr<const Plan> plan;

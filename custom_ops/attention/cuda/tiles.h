@@ -6,7 +6,8 @@
 namespace stf {
 namespace cuda {
 
-enum Pass { kForward, kQueryGrad, kKeyGrad, kPackedForward, kPackedBackward };
+// kQueryGrad and kKeyGrad are a backward pass in two; kBackward is one in one (sm90/backward.cuh).
+enum Pass { kForward, kQueryGrad, kKeyGrad, kBackward, kPackedForward, kPackedBackward };
 
 // The depths that kernels are compiled for: a call takes the first pair that holds its own.
 struct Depths {
@@ -77,6 +78,7 @@ constexpr int kStageRows = 64;        // rows that a stage holds
 constexpr int kTileAlignment = 1024;  // of tiles in shared memory
 constexpr int kMaxPackedRows = 128;   // the longest sequence that is packed
 constexpr int kStageInfoBytes = 16, kWorkTileBytes = 48;
+constexpr int kScoreGradBytes = 64 * 64 * 2;  // of the scores' gradients of 64 keys and 64 queries
 
 constexpr bool HasSm90Kernels(int element, const Depths& depths) { return element == 2 && depths.value <= 128; }
 
@@ -124,8 +126,43 @@ constexpr Sm90Tile FindSm90Tile(Pass pass, const Depths& depths) {
   return tile;
 }
 
+// Backward in one pass: keys of a block at a time, and those of two such, a ring of stages with tiles of 64 queries, the scores' gradients
+// twice for 64 queries, query gradients of tiles that wait for further keys, statistics of tiles, then what the producer says and barriers.
+constexpr int kBackwardKeys = 128, kKeyBlockBytes = 64;
+
+struct Sm90BackwardTile {
+  int accumulators;              // tiles that may wait; 0: there is no such kernel
+  int accumulator_bytes;         // of a tile that waits
+  int own_key_bytes, own_bytes;  // of a block's keys: of the first tensor, and of both
+  int stage_key_bytes, stage_bytes;
+  int stages;
+  // Tiles of queries that a block of keys may reach. Twice as many have statistics: of this run of keys, and of the last.
+  constexpr int reach() const { return accumulators + kBackwardKeys / 64; }
+  constexpr int slots() const { return 2 * reach(); }
+  constexpr int ring() const { return 2 * own_bytes; }  // where each part begins
+  constexpr int score_grads() const { return ring() + stages * stage_bytes; }
+  constexpr int sums() const { return score_grads() + 4 * kScoreGradBytes; }
+  constexpr int statistics() const { return sums() + accumulators * accumulator_bytes; }
+  constexpr int key_blocks() const { return statistics() + slots() * 2 * 64 * 4; }
+  constexpr int barriers() const { return key_blocks() + 2 * kKeyBlockBytes; }
+  constexpr int bytes() const { return barriers() + 8 * (2 * stages + 4 + slots()); }
+};
+
+constexpr Sm90BackwardTile FindSm90BackwardTile(const Depths& depths) {
+  Sm90BackwardTile tile = {};
+  tile.accumulators = depths.value <= 32 ? 16 : depths.value <= 64 ? 4 : depths.key <= 64 ? 2 : 0;  // as memory and registers allow
+  tile.accumulator_bytes = 64 * depths.key * 4;
+  tile.own_key_bytes = kBackwardKeys * depths.key * 2;
+  tile.own_bytes = tile.own_key_bytes + kBackwardKeys * depths.value * 2;
+  tile.stage_key_bytes = 64 * depths.key * 2;
+  tile.stage_bytes = tile.stage_key_bytes + 64 * depths.value * 2;
+  for (tile.stages = 4; tile.stages > 2 && tile.bytes() > kSharedMemory[2];) tile.stages--;
+  return tile;
+}
+
 constexpr int Sm90PackedBytes(Pass pass, const Depths& depths, int rows) {
-  return pass == kPackedForward ? rows * 2 * (2 * depths.key + depths.value) : rows * 2 * (2 * (depths.key + depths.value) + 4);
+  if (pass == kPackedForward) return rows * 2 * (2 * depths.key + depths.value);
+  return rows * 2 * (2 * (depths.key + depths.value) + 4) + kScoreGradBytes;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------
@@ -144,6 +181,8 @@ constexpr bool TilesFit() {
       const Sm90Tile tile = FindSm90Tile(of, depths);
       if (tile.stages < 2 || tile.blocks * (tile.bytes() + 1024) > 228 * 1024) return false;
     }
+    const Sm90BackwardTile backward = FindSm90BackwardTile(depths);
+    if (HasSm90Kernels(2, depths) && backward.accumulators > 0 && backward.bytes() > kSharedMemory[2]) return false;
     if (HasSm90Kernels(2, depths) && Sm90PackedBytes(kPackedBackward, depths, kMaxPackedRows) > kSharedMemory[2]) return false;
   }
   return true;

@@ -12,6 +12,7 @@ namespace cuda {
 struct WarpgroupSegment {
   const Component* component;
   int begin, count;
+  __device__ bool Meets(const Interval& interval) const { return begin < interval.high && begin + count > interval.low; }
 };
 
 constexpr Interval kNothing = {INT32_MAX, 0};
@@ -44,9 +45,7 @@ struct WarpgroupMask {
     if (row + 8 <= last) rows[1] = found[3];
   }
 
-  __device__ bool Reaches(const WarpgroupSegment& segment) const {
-    return segment.begin < reach.high && segment.begin + segment.count > reach.low;
-  }
+  __device__ bool Reaches(const WarpgroupSegment& segment) const { return segment.Meets(reach); }
 
   // Calls leave_out(block, e) for each element of the thread's accumulators that may not stand. Returns whether there may be any, the same
   // for the whole warpgroup.

@@ -15,7 +15,7 @@ template <int kKeyDepth, int kValueDepth, int kRows>
 struct Sm90PackedTile {
   static constexpr int kKeyBytes = SharedTile<kKeyDepth, kRows>::kBytes, kValueBytes = SharedTile<kValueDepth, kRows>::kBytes;
   static constexpr int kForwardBytes = Sm90PackedBytes(kPackedForward, {kKeyDepth, kValueDepth}, kRows);
-  static constexpr int kStatistics = 2 * (kKeyBytes + kValueBytes);
+  static constexpr int kScoreGrads = 2 * (kKeyBytes + kValueBytes), kStatistics = kScoreGrads + SharedTile<64, 64>::kBytes;
   static constexpr int kBackwardBytes = Sm90PackedBytes(kPackedBackward, {kKeyDepth, kValueDepth}, kRows);
   static_assert(kForwardBytes == 2 * kKeyBytes + kValueBytes, "as planned");
   static_assert(kBackwardBytes == kStatistics + 2 * kRows * sizeof(float), "as planned");
@@ -123,9 +123,17 @@ __global__ __launch_bounds__(kPackedThreads,
 #endif
 }
 
+// Blocks of a multiprocessor, as registers allow.
+constexpr int PackedBackwardBlocks(int key_depth, int value_depth, int rows) {
+  if (rows == 64) return key_depth + value_depth <= 128 ? 4 : key_depth + value_depth <= 192 ? 3 : 2;
+  return key_depth + value_depth <= 64 ? 3 : 2;
+}
+
+// A pass of five products: the scores' gradients leave registers for shared memory once, where the query gradient's product reads them
+// the other way around. Queries of a tile's second half wait in registers for the keys of both halves.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows>
 __global__ __launch_bounds__(kPackedThreads,
-                             (kKeyDepth + kValueDepth <= 64 ? 3 : 2)) void Sm90PackedBackwardKernel(const __grid_constant__ Arguments args,
+                             (PackedBackwardBlocks(kKeyDepth, kValueDepth, kRows))) void Sm90PackedBackwardKernel(const __grid_constant__ Arguments args,
                                                                                                     const __grid_constant__ Launch launch) {
 #if STF_HAS_WGMMA
   using Tile = Sm90PackedTile<kKeyDepth, kValueDepth, kRows>;
@@ -134,6 +142,7 @@ __global__ __launch_bounds__(kPackedThreads,
   extern __shared__ __align__(kTileAlignment) char shared[];
   const uint32_t queries = SharedAddress(shared), keys = queries + Tile::kKeyBytes;
   const uint32_t values = keys + Tile::kKeyBytes, grads = values + Tile::kValueBytes;
+  const uint32_t score_grads = queries + Tile::kScoreGrads;
   float* const log_sum_exps = reinterpret_cast<float*>(shared + Tile::kStatistics);
   float* const deltas = log_sum_exps + kRows;
 
@@ -189,40 +198,38 @@ __global__ __launch_bounds__(kPackedThreads,
       partial[r] = positions[r] < 0 ? nullptr : RowOf<float>(partials, work.batch, work.head, positions[r]);
     }
   };
-  for (int warpgroup_begin = 0; warpgroup_begin < packs.rows; warpgroup_begin += 64) {
-    const int own = warpgroup_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  float query_sum[kKeyDepth / 8][4];  // of 64 queries, by the keys so far
+  Clear(query_sum);
 #pragma unroll
-    for (int r = 0; r < 2; r++) positions[r] = packs.Position(launch, own + 8 * r, args.positions);
-    const uint32_t own_queries = queries + warpgroup_begin * KeyTile::kRowBytes, own_keys = keys + warpgroup_begin * KeyTile::kRowBytes;
-    const uint32_t own_values = values + warpgroup_begin * ValueTile::kRowBytes, own_grads = grads + warpgroup_begin * ValueTile::kRowBytes;
-    {
-      float sum[kKeyDepth / 8][4];
-      Clear(sum);
-      const float log_sum_exp[2] = {log_sum_exps[own], log_sum_exps[own + 8]}, delta[2] = {deltas[own], deltas[own + 8]};
-      WarpgroupMask<false, false> mask;
-      FindPackedMask<false>(&mask, component, launch, packs, warpgroup_begin, end);
-      for (int begin = 0; begin <= warpgroup_begin; begin += kStageRows) {
-        const WarpgroupSegment segment = {component, begin, kStageRows};
-        if (!mask.Reaches(segment)) continue;
-        WarpgroupAddQueryGrad<T, kKeyDepth, kValueDepth, kRows, kRows>(context, mask, segment, warpgroup_begin, packs.rows, own_queries,
-                                                                       own_grads, keys + begin * KeyTile::kRowBytes,
-                                                                       values + begin * ValueTile::kRowBytes, log_sum_exp, delta, sum);
-      }
-      Scale(sum, args.scale);
-      find_rows(args.query_grad, args.query_partial);
-      StoreGradient<T, kKeyDepth>(sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
-    }
+  for (int key_begin = 0; key_begin < kRows; key_begin += 64) {
+    if (key_begin >= packs.rows) break;
+    const int row = key_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) positions[r] = packs.Position(launch, row + 8 * r, args.positions);
+    const uint32_t own_keys = keys + key_begin * KeyTile::kRowBytes, own_values = values + key_begin * ValueTile::kRowBytes;
     float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
     Clear(key_sum);
     Clear(value_sum);
     WarpgroupMask<true, false> mask;
-    FindPackedMask<true>(&mask, component, launch, packs, warpgroup_begin, end);
-    for (int begin = warpgroup_begin; begin < packs.rows; begin += kStageRows) {
+    FindPackedMask<true>(&mask, component, launch, packs, key_begin, end);
+#pragma unroll
+    for (int begin = key_begin; begin < kRows; begin += 64) {
       const WarpgroupSegment segment = {component, begin, kStageRows};
-      if (!mask.Reaches(segment)) continue;
-      WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kRows, kRows>(
-          context, mask, segment, warpgroup_begin, packs.rows, own_keys, own_values, queries + begin * KeyTile::kRowBytes,
-          grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum);
+      if (begin < packs.rows && mask.Reaches(segment)) {
+        WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kRows, kRows>(
+            context, mask, segment, key_begin, packs.rows, own_keys, own_values, queries + begin * KeyTile::kRowBytes,
+            grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum, [&](const auto& weights) {
+              if (begin > 0) SyncWarpgroup();  // the last product with the tile is done
+              StoreWeights(score_grads, weights);
+              SyncWarpgroup();
+            });
+        AddTransposed<T, kKeyDepth, kRows, 1>(query_sum, score_grads, own_keys);
+      }
+      if (begin > key_begin) continue;
+      Scale(query_sum, args.scale);
+      find_rows(args.query_grad, args.query_partial);
+      StoreGradient<T, kKeyDepth>(query_sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
+      Clear(query_sum);
     }
     Scale(key_sum, args.scale);
     find_rows(args.key_grad, args.key_partial);

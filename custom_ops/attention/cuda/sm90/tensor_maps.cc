@@ -64,7 +64,8 @@ int SummaryRows(const Launch& launch) {
 
 cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments& args, const Launch& launch, int summary_rows, Maps* maps) {
   const stf_tensor *own[2] = {&args.query, &args.output_grad}, *streamed[2] = {&args.key, &args.value};
-  if (pass == kKeyGrad) std::swap(own, streamed);
+  const bool by_key = pass == kKeyGrad || pass == kBackward;
+  if (by_key) std::swap(own, streamed);
   const int depths[2] = {args.key_depth, args.value_depth}, tile_depths[2] = {key_depth, value_depth};
   const int64_t positions = args.positions, stride = launch.stride;
   const int64_t longer = positions % stride;
@@ -75,7 +76,7 @@ cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments&
     if (error == cudaSuccess) error = Make(args, tensor, depths[t], tile_depths[t], numbering, rows, map);
   };
   *maps = {};
-  maps->own_rows = pass == kKeyGrad && summary_rows ? summary_rows : kRows;
+  maps->own_rows = by_key && summary_rows ? summary_rows : kRows;
   maps->summary_rows = summary_rows;
   maps->longer = static_cast<int32_t>(longer);
   for (int t = 0; t < 2; t++) {
@@ -83,7 +84,7 @@ cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments&
       if (own[t]->data) make(t, *own[t], variants[variant], maps->own_rows, &maps->own[t][variant]);
       make(t, *streamed[t], variants[variant], kRows, &maps->streamed[t][variant]);
     }
-    if (pass != kKeyGrad && summary_rows) make(t, *streamed[t], plain, summary_rows, &maps->summary[t]);
+    if (!by_key && summary_rows) make(t, *streamed[t], plain, summary_rows, &maps->summary[t]);
   }
   return error;
 }

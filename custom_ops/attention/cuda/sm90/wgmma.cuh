@@ -1,6 +1,7 @@
-// The two matrix products of attention for a warpgroup, 64 rows at a time, on Hopper's asynchronous tensor cores (wgmma):
-//   MultiplyScores:    sum[64, kColumns] = A[64, depth] * B[kColumns, depth]^T, both in shared memory
-//   MultiplyWeighted:  sum[64, depth] += P[64, kRows] * B[kRows, depth], P in registers
+// The matrix products of attention for a warpgroup, 64 rows at a time, on Hopper's asynchronous tensor cores (wgmma):
+//   MultiplyScores:      sum[64, kColumns] = A[64, depth] * B[kColumns, depth]^T, both in shared memory
+//   MultiplyWeighted:    sum[64, depth] += P[64, kRows] * B[kRows, depth], P in registers
+//   MultiplyTransposed:  sum[64, depth] += P[kRows, 64]^T * B[kRows, depth], both in shared memory (P by StoreWeights)
 // Halves only, sm_90a only; for all else see common/mma.cuh, whose accumulators these share: a warp's are rows 16 * warp on.
 //
 // A tile lies in shared memory in panels of 64 columns (32 where the depth is 32), a panel's rows one after another, and in every row the
@@ -57,14 +58,14 @@ __device__ inline void FenceShared() { asm volatile("fence.proxy.async.shared::c
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
   "%59,%60,%61,%62,%63"
 
-// a and b in shared memory; `accumulate` says whether sum is added to.
-#define STF_SCORES(columns, names, registers, type, a_name, b_name, accumulate_name)                                    \
+// a and b in shared memory, each by its rows or, where `transposed`, by its columns; `accumulate` says whether sum is added to.
+#define STF_SHARED(columns, names, registers, type, a_name, b_name, accumulate_name, transposed_name)                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name                                                      \
                ", 0;\n"                                                                                                 \
                "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, " a_name ", " b_name \
-               ", p, 1, 1, 0, 0;\n}\n"                                                                                  \
+               ", p, 1, 1, " transposed_name ", " transposed_name ";\n}\n"                                              \
                : registers                                                                                              \
-               : "l"(a), "l"(b), "r"(accumulate))
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed))
 // p in registers, b in shared memory by rows.
 #define STF_WEIGHTED(columns, names, registers, type, p0, p1, p2, p3, b_name, accumulate_name)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_name                                                                         \
@@ -74,19 +75,19 @@ __device__ inline void FenceShared() { asm volatile("fence.proxy.async.shared::c
                : registers                                                                                                                 \
                : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b), "r"(accumulate))
 
-template <typename T, int kBlocks>
-__device__ inline void IssueScores(float (&sum)[kBlocks][4], uint64_t a, uint64_t b, int accumulate) {
+template <typename T, int kTransposed, int kBlocks>
+__device__ inline void IssueShared(float (&sum)[kBlocks][4], uint64_t a, uint64_t b, int accumulate) {
   constexpr bool kBrain = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (kBlocks == 4) {
-    if constexpr (kBrain) STF_SCORES("32", STF_NAMES16, STF_REGISTERS16(sum, 0), "bf16", "%16", "%17", "%18");
-    if constexpr (!kBrain) STF_SCORES("32", STF_NAMES16, STF_REGISTERS16(sum, 0), "f16", "%16", "%17", "%18");
+    if constexpr (kBrain) STF_SHARED("32", STF_NAMES16, STF_REGISTERS16(sum, 0), "bf16", "%16", "%17", "%18", "%19");
+    if constexpr (!kBrain) STF_SHARED("32", STF_NAMES16, STF_REGISTERS16(sum, 0), "f16", "%16", "%17", "%18", "%19");
   } else if constexpr (kBlocks == 8) {
-    if constexpr (kBrain) STF_SCORES("64", STF_NAMES32, STF_REGISTERS32(sum, 0), "bf16", "%32", "%33", "%34");
-    if constexpr (!kBrain) STF_SCORES("64", STF_NAMES32, STF_REGISTERS32(sum, 0), "f16", "%32", "%33", "%34");
+    if constexpr (kBrain) STF_SHARED("64", STF_NAMES32, STF_REGISTERS32(sum, 0), "bf16", "%32", "%33", "%34", "%35");
+    if constexpr (!kBrain) STF_SHARED("64", STF_NAMES32, STF_REGISTERS32(sum, 0), "f16", "%32", "%33", "%34", "%35");
   } else {
     static_assert(kBlocks == 16, "32, 64 or 128 columns");
-    if constexpr (kBrain) STF_SCORES("128", STF_NAMES64, STF_REGISTERS64(sum, 0), "bf16", "%64", "%65", "%66");
-    if constexpr (!kBrain) STF_SCORES("128", STF_NAMES64, STF_REGISTERS64(sum, 0), "f16", "%64", "%65", "%66");
+    if constexpr (kBrain) STF_SHARED("128", STF_NAMES64, STF_REGISTERS64(sum, 0), "bf16", "%64", "%65", "%66", "%67");
+    if constexpr (!kBrain) STF_SHARED("128", STF_NAMES64, STF_REGISTERS64(sum, 0), "f16", "%64", "%65", "%66", "%67");
   }
 }
 
@@ -114,7 +115,7 @@ __device__ inline void IssueWeighted(float (&sum)[kBlocks][4], const uint32_t (&
 #undef STF_NAMES16
 #undef STF_NAMES32
 #undef STF_NAMES64
-#undef STF_SCORES
+#undef STF_SHARED
 #undef STF_WEIGHTED
 
 // Products are issued between BeginProducts and CommitProducts; sums and P may be touched again once WaitForProducts says so.
@@ -144,8 +145,8 @@ __device__ inline void MultiplyScores(float (&sum)[kBlocks][4], uint32_t a, uint
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) {
     const int panel = 2 * k / A::kRowChunks, within = 2 * k % A::kRowChunks * 16;
-    IssueScores<T>(sum, Describe<kDepth, kRowsA>(a, panel * A::kPanel + within), Describe<kDepth, kRowsB>(b, panel * B::kPanel + within),
-                   k > 0);
+    IssueShared<T, 0>(sum, Describe<kDepth, kRowsA>(a, panel * A::kPanel + within),
+                      Describe<kDepth, kRowsB>(b, panel * B::kPanel + within), k > 0);
   }
 }
 
@@ -158,6 +159,16 @@ __device__ inline void MultiplyWeighted(float (&sum)[kDepth / 8][4], const uint3
   }
 }
 
+// p: the address of a tile of 64 rows and columns; b: that of as many rows in a tile of kRows.
+template <typename T, int kDepth, int kRows>
+__device__ inline void MultiplyTransposed(float (&sum)[kDepth / 8][4], uint32_t p, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < 64 / 16; k++) {
+    IssueShared<T, 1>(sum, Describe<64, 64>(p, 2 * k * SharedTile<64, 64>::kEight),
+                      Describe<kDepth, kRows>(b, 2 * k * SharedTile<kDepth, kRows>::kEight), 1);
+  }
+}
+
 // Accumulators as the left factor of the next product.
 template <typename T, int kBlocks>
 __device__ inline void PackWeights(uint32_t (&p)[kBlocks / 2][4], const float (&x)[kBlocks][4]) {
@@ -167,6 +178,18 @@ __device__ inline void PackWeights(uint32_t (&p)[kBlocks / 2][4], const float (&
     p[k][1] = Pack(x[2 * k][2], x[2 * k][3], T());
     p[k][2] = Pack(x[2 * k + 1][0], x[2 * k + 1][1], T());
     p[k][3] = Pack(x[2 * k + 1][2], x[2 * k + 1][3], T());
+  }
+}
+
+// The same to shared memory: 64 rows and columns, each of the warpgroup's four warps its 16 rows.
+__device__ inline void StoreWeights(uint32_t tile, const uint32_t (&p)[4][4]) {
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(tile +
+                                                                                       SharedTile<64, 64>::Offset(row, 2 * k + chunk)),
+                 "r"(p[k][0]), "r"(p[k][1]), "r"(p[k][2]), "r"(p[k][3])
+                 : "memory");
   }
 }
 
