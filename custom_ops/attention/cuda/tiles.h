@@ -126,8 +126,8 @@ constexpr Sm90Tile FindSm90Tile(Pass pass, const Depths& depths) {
   return tile;
 }
 
-// Backward in one pass: keys of a block at a time, and those of two such, a ring of stages with tiles of 64 queries, the scores' gradients
-// twice for 64 queries, query gradients of tiles that wait for further keys, statistics of tiles, then what the producer says and barriers.
+// Backward in one pass: keys of two blocks, a ring of stages with tiles of 64 queries, the scores' gradients and the outputs
+// of a tile, query gradients of tiles that wait for further keys, statistics of tiles, then what the producer says and barriers.
 constexpr int kBackwardKeys = 128, kKeyBlockBytes = 64;
 
 struct Sm90BackwardTile {
@@ -141,11 +141,12 @@ struct Sm90BackwardTile {
   constexpr int slots() const { return 2 * reach(); }
   constexpr int ring() const { return 2 * own_bytes; }  // where each part begins
   constexpr int score_grads() const { return ring() + stages * stage_bytes; }
-  constexpr int sums() const { return score_grads() + 4 * kScoreGradBytes; }
+  constexpr int output() const { return score_grads() + 2 * kScoreGradBytes; }
+  constexpr int sums() const { return output() + stage_bytes - stage_key_bytes; }
   constexpr int statistics() const { return sums() + accumulators * accumulator_bytes; }
   constexpr int key_blocks() const { return statistics() + slots() * 2 * 64 * 4; }
   constexpr int barriers() const { return key_blocks() + 2 * kKeyBlockBytes; }
-  constexpr int bytes() const { return barriers() + 8 * (2 * stages + 4 + slots()); }
+  constexpr int bytes() const { return barriers() + 8 * (2 * stages + 8 + slots()); }
 };
 
 constexpr Sm90BackwardTile FindSm90BackwardTile(const Depths& depths) {

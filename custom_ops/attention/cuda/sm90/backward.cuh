@@ -1,8 +1,8 @@
 // Backward in one pass, five products, for sequences in which a key reaches the queries of a few tiles alone: local windows, strided
 // sequences, own blocks. A block of threads walks a run of keys, kBackwardKeys at a time, and of each the tiles of 64 queries that they
-// reach. Gradients of keys and values stay in the registers of two warpgroups, a half of the keys each. The scores' gradients go to shared
-// memory, where one of the two, in turn, finds there what both halves add to the query gradients of the tile; until the last of its keys
-// has passed these wait in shared memory, each thread's part for itself.
+// reach. Gradients of keys and values stay in the registers of two warpgroups, a half of the keys each. The scores' gradients leave registers
+// for shared memory, where the query gradients' product reads them the other way around. Query gradients wait in shared memory, each
+// thread's part for itself, until the last of their keys has passed.
 //
 // A run has query gradients of the positions that it has keys of: so it begins with keys of the run before, as far back as those queries
 // reach, and visits queries of the run after. Nothing is added to memory, and the order of every sum is fixed.
@@ -99,8 +99,8 @@ struct BackwardPipeline {
   static constexpr Sm90BackwardTile kTile = FindSm90BackwardTile({kKeyDepth, kValueDepth});
   static constexpr int kStages = kTile.stages, kSlots = kTile.slots(), kConsumers = 256, kThreads = kConsumers + 128;
   static constexpr int kRing = kTile.ring(), kScoreGrads = kTile.score_grads(), kSums = kTile.sums(), kStatistics = kTile.statistics();
-  static constexpr int kKeyBlocks = kTile.key_blocks(), kBarriers = kTile.barriers();
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kOutput = kTile.output(), kKeyBlocks = kTile.key_blocks(), kBarriers = kTile.barriers();
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static_assert(128 * kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * kThreads, "what the block starts with");
   static_assert(sizeof(KeyBlock) == kKeyBlockBytes, "as planned");
 
@@ -110,9 +110,8 @@ struct BackwardPipeline {
   __device__ explicit BackwardPipeline(char* memory) : shared(memory), base(SharedAddress(memory)) {}
   __device__ uint32_t Own(uint32_t stage) const { return base + stage * kTile.own_bytes; }
   __device__ uint32_t Stage(uint32_t stage) const { return base + kRing + stage * kTile.stage_bytes; }
-  __device__ uint32_t ScoreGrads(uint32_t buffer, int half) const {
-    return base + kScoreGrads + (2 * buffer + half) * kScoreGradBytes;
-  }
+  __device__ uint32_t Output() const { return base + kOutput; }
+  __device__ uint32_t ScoreGrads(int half) const { return base + kScoreGrads + half * kScoreGradBytes; }
   __device__ float4* Accumulators(int tile) const {
     return reinterpret_cast<float4*>(shared + kSums + tile % kTile.accumulators * kTile.accumulator_bytes);
   }
@@ -122,7 +121,10 @@ struct BackwardPipeline {
   __device__ uint32_t Empty(uint32_t stage) const { return Full(kStages + stage); }
   __device__ uint32_t OwnFull(uint32_t stage) const { return Full(2 * kStages + stage); }
   __device__ uint32_t OwnEmpty(uint32_t stage) const { return Full(2 * kStages + 2 + stage); }
-  __device__ uint32_t StatisticsFull(uint32_t slot) const { return Full(2 * kStages + 4 + slot); }
+  __device__ uint32_t OutputFull() const { return Full(2 * kStages + 4); }
+  __device__ uint32_t OutputEmpty() const { return Full(2 * kStages + 5); }
+  __device__ uint32_t Added(int warpgroup) const { return Full(2 * kStages + 6 + warpgroup); }
+  __device__ uint32_t StatisticsFull(uint32_t slot) const { return Full(2 * kStages + 8 + slot); }
 
   __device__ void Start() const {
     if (threadIdx.x == 0) {
@@ -134,6 +136,9 @@ struct BackwardPipeline {
         InitBarrier(OwnFull(stage), 1);
         InitBarrier(OwnEmpty(stage), kConsumers / 32 * kWarpArrivals);
       }
+      InitBarrier(OutputFull(), 1);
+      InitBarrier(OutputEmpty(), 3 * kWarpArrivals);
+      for (int warpgroup = 0; warpgroup < 2; warpgroup++) InitBarrier(Added(warpgroup), 4 * kWarpArrivals);
       for (int slot = 0; slot < kSlots; slot++) InitBarrier(StatisticsFull(slot), 3 * kWarpArrivals);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       FenceShared();
@@ -142,13 +147,15 @@ struct BackwardPipeline {
   }
 };
 
-// One warp: keys and values of the key blocks, queries and output gradients of the tiles.
+// One warp: keys and values of the key blocks, queries and output gradients of the tiles, and where delta is to be found the outputs of
+// those that are new.
 template <int kKeyDepth, int kValueDepth>
 __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDepth>& pipeline, const Arguments& args, const Launch& launch,
                                     const Maps& maps) {
   using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
   const bool first_lane = threadIdx.x % 32 == 0;
   PipelineState<2> own;
+  PipelineState<1> output;
   PipelineState<Pipeline::kStages> state;
   KeyBlockWalk walk(args, launch);
   KeyBlock block = {};
@@ -176,6 +183,15 @@ __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDept
                                   block.sequence, index);
       }
       state.Next();
+      if (!launch.first || t < block.tile_new) continue;
+      WaitBarrier(pipeline.OutputEmpty(), output.phase ^ 1);
+      if (first_lane) {
+        auto index = [&](int row) { return 64 * t + row; };
+        ArriveAndExpect(pipeline.OutputFull(), 64 * kValueDepth * 2);
+        CopyRows<kValueDepth, 64>(pipeline.Output(), maps.output[variant], 64, pipeline.OutputFull(), block.batch, block.head,
+                                  block.sequence, index);
+      }
+      output.Next();
     }
   }
   WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
@@ -185,187 +201,231 @@ __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDept
   }
 }
 
-// Three warps: log-sum-exp and delta of each tile that is new. The first launch of a call leaves delta for the others.
+// Three warps: log-sum-exp and delta of each tile that is new. The first launch of a call finds delta, in shared memory, and leaves it for
+// the others.
 template <typename T, int kKeyDepth, int kValueDepth>
 __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValueDepth>& pipeline, const Arguments& args,
                                          const Launch& launch) {
   using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
-  constexpr int kLanes = kValueDepth / 8, kRows = 32 / kLanes, kUnroll = 3;  // lanes of a row, rows of a warp at a time
-  const int warp = threadIdx.x / 32 - Pipeline::kConsumers / 32 - 1, lane = threadIdx.x % 32;
-  const int column = lane % kLanes * 8;
+  using ValueTile = SharedTile<kValueDepth, 64>;
+  const int warp = threadIdx.x / 32 - Pipeline::kConsumers / 32 - 1;
   PipelineState<2> own;
+  PipelineState<1> output;
+  PipelineState<Pipeline::kStages> state;
   KeyBlockWalk walk(args, launch);
   KeyBlock block = {};
   while (walk.Next(&block)) {
     const View view = block.ViewOf(launch);
     const int64_t statistics = StatisticsBase(args, block.batch, block.head);
-    const T* const outputs = Base<const T>(args.output, block.batch, block.head) + column;
-    const T* const grads = Base<const T>(args.output_grad, block.batch, block.head) + column;
     // Whoever read what is written over here has left the key block before the last one.
     WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
     own.Next();
-    for (int t = max(block.tile_begin, block.tile_new); t < block.tile_end; t++) {
+    for (int t = block.tile_begin; t < block.tile_end; t++, state.Next()) {
+      if (t < block.tile_new) continue;
       const int slot = (block.slot + t) % Pipeline::kSlots;
-      float* const sums = pipeline.Statistics(slot);
-      for (int begin = warp * kRows; begin < 64; begin += 3 * kUnroll * kRows) {
-        uint4 output[kUnroll], grad[kUnroll];
-#pragma unroll
-        for (int i = 0; i < kUnroll; i++) {
-          const int row = begin + 3 * i * kRows + lane / kLanes, position = view.Position(64 * t + row);
-          const bool used = launch.first && row < 64 && 64 * t + row < block.count && column < args.value_depth;
-          output[i] = grad[i] = {};
-          if (used) output[i] = *reinterpret_cast<const uint4*>(outputs + position * args.output.position_stride);
-          if (used) grad[i] = *reinterpret_cast<const uint4*>(grads + position * args.output_grad.position_stride);
+      float* const to = pipeline.Statistics(slot);
+      const uint32_t outputs = pipeline.Output(), grads = pipeline.Stage(state.stage) + Pipeline::kTile.stage_key_bytes;
+      bool arrived = !launch.first;
+#pragma unroll 1
+      for (int begin = 8 * warp; begin < 64; begin += 24) {
+        const int row = begin + threadIdx.x % 32 / 4;
+        const bool used = 64 * t + row < block.count;
+        const int64_t at = statistics + view.Position(64 * t + row);
+        float log_sum_exp = 0, delta = 0, sum = 0;
+        if (used) log_sum_exp = args.log_sum_exp[at];
+        if (used && !launch.first) delta = args.delta[at];
+        if (used && launch.first && args.log_sum_exp_grad) delta = -args.log_sum_exp_grad[at];
+        if (!arrived) {
+          WaitBarrier(pipeline.OutputFull(), output.phase);
+          WaitBarrier(pipeline.Full(state.stage), state.phase);
+          arrived = true;
         }
+        if (launch.first) {
 #pragma unroll
-        for (int i = 0; i < kUnroll; i++) {
-          const int row = begin + 3 * i * kRows + lane / kLanes;
-          const int64_t at = statistics + view.Position(64 * t + row);
-          const bool used = row < 64 && 64 * t + row < block.count;
-          const float sum = used ? args.log_sum_exp[at] : 0;
-          const uint32_t x[4] = {output[i].x, output[i].y, output[i].z, output[i].w}, y[4] = {grad[i].x, grad[i].y, grad[i].z, grad[i].w};
-          float delta = 0;
+          for (int i = 0; i < kValueDepth / 32; i++) {
+            const int offset = ValueTile::Offset(row, threadIdx.x % 4 + 4 * i);
+            const uint4 x = LoadShared(outputs + offset), y = LoadShared(grads + offset);
+            const uint32_t u[4] = {x.x, x.y, x.z, x.w}, v[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const float2 left = Unpack(x[e], T()), right = Unpack(y[e], T());
-            delta = fmaf(left.x, right.x, fmaf(left.y, right.y, delta));
+            for (int e = 0; e < 4; e++) {
+              const float2 left = Unpack(u[e], T()), right = Unpack(v[e], T());
+              sum = fmaf(left.x, right.x, fmaf(left.y, right.y, sum));
+            }
           }
-#pragma unroll
-          for (int other = kLanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(~0u, delta, other);
-          if (lane % kLanes != 0 || row >= 64) continue;
-          if (used && !launch.first) delta = args.delta[at];
-          if (used && launch.first && args.log_sum_exp_grad) delta -= args.log_sum_exp_grad[at];
-          if (launch.first && t < block.tile_stop && 64 * t + row < block.existing) args.delta[at] = delta;
-          sums[row] = sum;
-          sums[64 + row] = delta;
+          sum += __shfl_xor_sync(~0u, sum, 1);
+          sum += __shfl_xor_sync(~0u, sum, 2);
         }
+        if (threadIdx.x % 4 != 0) continue;
+        delta = used ? delta + sum : 0;  // what is not in use may be anything
+        if (launch.first && t < block.tile_stop && 64 * t + row < block.existing) args.delta[at] = delta;
+        to[row] = log_sum_exp;
+        to[64 + row] = delta;
       }
       __syncwarp();
       ArriveWarp(pipeline.StatisticsFull(slot));
+      if (!launch.first) continue;
+      ArriveWarp(pipeline.OutputEmpty());
+      output.Next();
     }
   }
 }
 
-// A warpgroup of the consumers.
+// The mainloop of a warpgroup, a half of the keys. A step is a tile of queries. The two warpgroups go their own ways, but for adding to the
+// query gradients: first half first.
 template <typename T, int kKeyDepth, int kValueDepth>
-__device__ inline void ConsumeKeyBlocks(const BackwardPipeline<kKeyDepth, kValueDepth>& pipeline, const Arguments& args,
-                                        const Launch& launch) {
+class BackwardMainloop {
+ public:
   using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
+
+  __device__ BackwardMainloop(const Pipeline& pipeline, const Arguments& args, const Launch& launch)
+      : pipeline_(pipeline), args_(args), launch_(launch), warpgroup_(Uniform(threadIdx.x / 128)) {}
+
+  __device__ void Run() {
+    while (true) {
+      WaitBarrier(pipeline_.OwnFull(own_.stage), own_.phase);
+      const KeyBlock block = *pipeline_.BlockOf(own_.stage);
+      if (block.batch < 0) return;
+      Visit(block);
+      own_.Next();
+    }
+  }
+
+ private:
   using KeyTile = SharedTile<kKeyDepth, kBackwardKeys>;
   using ValueTile = SharedTile<kValueDepth, kBackwardKeys>;
-  const int warpgroup = Uniform(threadIdx.x / 128), lane_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  PipelineState<2> own;
-  PipelineState<Pipeline::kStages> state;
-  uint32_t buffer = 0;
-  while (true) {
-    WaitBarrier(pipeline.OwnFull(own.stage), own.phase);
-    const KeyBlock block = *pipeline.BlockOf(own.stage);
-    if (block.batch < 0) return;
-    const View view = block.ViewOf(launch);
-    const Head head = block.HeadOf(launch);
-    const Context context = {args, head, view};
+
+  __device__ void Visit(const KeyBlock& block) {
+    const View view = block.ViewOf(launch_);
+    const Head head = block.HeadOf(launch_);
+    const Context context = {args_, head, view};
     const Component* const component = head.components + (__ffsll(head.members) - 1);
-    const int begin = block.first + 64 * warpgroup;
-    const uint32_t keys = Uniform(pipeline.Own(own.stage)), values = keys + Pipeline::kTile.own_key_bytes;
-    if (args.lengths && block.count < begin + 64) {
-      const int used = max(block.count - block.first, 64 * warpgroup);
-      ClearRows<kKeyDepth, kBackwardKeys>(keys, used, 64 * warpgroup + 64);
-      ClearRows<kValueDepth, kBackwardKeys>(values, used, 64 * warpgroup + 64);
+    const int begin = block.first + 64 * warpgroup_;
+    const uint32_t tile = Uniform(pipeline_.Own(own_.stage));
+    const uint32_t keys = tile + 64 * warpgroup_ * KeyTile::kRowBytes;
+    const uint32_t values = tile + Pipeline::kTile.own_key_bytes + 64 * warpgroup_ * ValueTile::kRowBytes;
+    if (args_.lengths && block.count < begin + 64) {
+      const int used = max(block.count - begin, 0);
+      ClearRows<kKeyDepth, kBackwardKeys>(keys, used, 64);
+      ClearRows<kValueDepth, kBackwardKeys>(values, used, 64);
       SyncWarpgroup();
     }
     WarpgroupMask<true, false> mask;
     mask.Find(component, view, begin, block.end);
+    Interval first_half = {0, 0};  // queries of the first half's keys
+    if (warpgroup_ > 0) {
+      first_half = {QueriesOf(*component, block.first, view.count).low,
+                    QueriesOf(*component, min(begin, block.end) - 1, view.count).high};
+    }
     float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
     Clear(key_sum);
     Clear(value_sum);
     for (int t = block.tile_begin; t < block.tile_end; t++) {
       const int visit = block.slot + t;
-      const uint32_t queries = Uniform(pipeline.Stage(state.stage)), grads = queries + Pipeline::kTile.stage_key_bytes;
-      const float* const statistics = pipeline.Statistics(visit % Pipeline::kSlots);
+      const uint32_t queries = Uniform(pipeline_.Stage(state_.stage)), grads = queries + Pipeline::kTile.stage_key_bytes;
+      const float* const statistics = pipeline_.Statistics(visit % Pipeline::kSlots);
       const WarpgroupSegment segment = {component, 64 * t, min(64, block.count - 64 * t)};
-      // Whether query gradients of the tile are this run's, and this warpgroup's.
-      const bool adds = t < block.tile_stop, mine = adds && t % 2 == warpgroup;
-      WaitBarrier(pipeline.Full(state.stage), state.phase);
-      WaitBarrier(pipeline.StatisticsFull(visit % Pipeline::kSlots), visit / Pipeline::kSlots & 1);
-      if (args.lengths && segment.count < 64) {
+      const bool reached = mask.Reaches(segment);
+      float query_sum[kKeyDepth / 8][4];
+      WaitBarrier(pipeline_.Full(state_.stage), state_.phase);
+      WaitBarrier(pipeline_.StatisticsFull(visit % Pipeline::kSlots), visit / Pipeline::kSlots & 1);
+      if (args_.lengths && segment.count < 64) {
         ClearRows<kKeyDepth, 64>(queries, max(segment.count, 0), 64);
         ClearRows<kValueDepth, 64>(grads, max(segment.count, 0), 64);
         SyncWarpgroup();
       }
-      if (mask.Reaches(segment)) {
+      if (reached) {
         WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kBackwardKeys, 64>(
-            context, mask, segment, begin, block.end, keys + 64 * warpgroup * KeyTile::kRowBytes,
-            values + 64 * warpgroup * ValueTile::kRowBytes, queries, grads, statistics, statistics + 64, key_sum, value_sum,
+            context, mask, segment, begin, block.end, keys, values, queries, grads, statistics, statistics + 64, key_sum, value_sum,
             [&](const auto& weights) {
-              if (adds) StoreWeights(pipeline.ScoreGrads(buffer, warpgroup), weights);
+              const uint32_t score_grads = Uniform(pipeline_.ScoreGrads(warpgroup_));
+              SyncWarpgroup();  // the last product with the tile is done
+              StoreWeights(score_grads, weights);
+              SyncWarpgroup();
+              BeginProducts();
+              MultiplyTransposed<T, kKeyDepth, kBackwardKeys>(query_sum, score_grads, keys, false);
+              CommitProducts();
             });
-      } else if (adds) {
-        StoreWeights(pipeline.ScoreGrads(buffer, warpgroup), {});
-      }
-      if (adds) {  // with two buffers: who is here has done with the one before this
-        FenceShared();
-        asm volatile("bar.sync %0, %1;" ::"n"(3), "n"(Pipeline::kConsumers) : "memory");
-      }
-      float query_sum[kKeyDepth / 8][4];
-      if (mine) {
+        FenceRegisters(query_sum);
+      } else {
         Clear(query_sum);
-        AddTransposed<T, kKeyDepth, kBackwardKeys, 2>(query_sum, pipeline.ScoreGrads(buffer, 0), keys);
       }
-      if (adds) buffer ^= 1;
       __syncwarp();
-      ArriveWarp(pipeline.Empty(state.stage));
-      state.Next();
-      if (!mine) continue;
-      float4* const kept = pipeline.Accumulators(t) + threadIdx.x % 128;
-      if (t < block.tile_new) {
-#pragma unroll
-        for (int b = 0; b < kKeyDepth / 8; b++) {
-          const float4 before = kept[128 * b];
-          query_sum[b][0] += before.x;
-          query_sum[b][1] += before.y;
-          query_sum[b][2] += before.z;
-          query_sum[b][3] += before.w;
-        }
-      }
-      if (t / 2 > block.first / kBackwardKeys) {  // further keys follow
-#pragma unroll
-        for (int b = 0; b < kKeyDepth / 8; b++) {
-          kept[128 * b] = {query_sum[b][0], query_sum[b][1], query_sum[b][2], query_sum[b][3]};
-        }
-        continue;
-      }
-      T* rows[2];
-      float* partial[2];
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = 64 * t + lane_row + 8 * r, position = view.Position(row);
-        rows[r] = row < block.existing ? RowOf<T>(args.query_grad, block.batch, block.head, position) : nullptr;
-        partial[r] = row < block.existing ? RowOf<float>(args.query_partial, block.batch, block.head, position) : nullptr;
-      }
-      Scale(query_sum, args.scale);
-      StoreGradient<T, kKeyDepth>(query_sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
+      ArriveWarp(pipeline_.Empty(state_.stage));
+      state_.Next();
+      AddQueryGrads(block, view, t, reached, warpgroup_ > 0 && segment.Meets(first_half), query_sum);
     }
     __syncwarp();
-    ArriveWarp(pipeline.OwnEmpty(own.stage));
-    own.Next();
-    if (!block.keys) continue;
+    ArriveWarp(pipeline_.OwnEmpty(own_.stage));
+    if (block.keys) StoreKeys(block, view, begin, key_sum, value_sum);
+  }
+
+  // Adds to what waits for further keys of a tile, or, with the last of them, writes what has come together.
+  __device__ void AddQueryGrads(const KeyBlock& block, const View& view, int t, bool reached, bool met, float (&sum)[kKeyDepth / 8][4]) {
+    const bool ours = t < block.tile_stop, fresh = t >= block.tile_new && !met;  // fresh: nothing waits yet
+    const bool last = ours && t == block.first / 64 + warpgroup_, keep = ours && !last && (reached || (fresh && warpgroup_ > 0));
+    float4* const kept = pipeline_.Accumulators(t) + threadIdx.x % 128;
+    // The first half adds to a step's tile behind the second half's step before, the second half behind the first.
+    WaitBarrier(pipeline_.Added(warpgroup_ ^ 1), warpgroup_ > 0 ? phase_ : phase_ ^ 1);
+    if ((keep || last) && !fresh) {
+#pragma unroll
+      for (int b = 0; b < kKeyDepth / 8; b++) {
+        const float4 before = kept[128 * b];
+        sum[b][0] += before.x;
+        sum[b][1] += before.y;
+        sum[b][2] += before.z;
+        sum[b][3] += before.w;
+      }
+    }
+    if (keep) {
+#pragma unroll
+      for (int b = 0; b < kKeyDepth / 8; b++) kept[128 * b] = {sum[b][0], sum[b][1], sum[b][2], sum[b][3]};
+    }
+    __syncwarp();
+    ArriveWarp(pipeline_.Added(warpgroup_));
+    phase_ ^= 1;
+    if (!last) return;
+    T* rows[2];
+    float* partial[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = 64 * t + LaneRow() + 8 * r, position = view.Position(row);
+      rows[r] = row < block.existing ? RowOf<T>(args_.query_grad, block.batch, block.head, position) : nullptr;
+      partial[r] = row < block.existing ? RowOf<float>(args_.query_partial, block.batch, block.head, position) : nullptr;
+    }
+    Scale(sum, args_.scale);
+    StoreGradient<T, kKeyDepth>(sum, rows, partial, args_.key_depth, true, launch_.first, launch_.last, launch_.last);
+  }
+
+  __device__ void StoreKeys(const KeyBlock& block, const View& view, int begin, float (&key_sum)[kKeyDepth / 8][4],
+                            float (&value_sum)[kValueDepth / 8][4]) {
     T* rows[2];
     float* partial[2];
     auto find_rows = [&](const stf_tensor& tensor, const stf_tensor& partials) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int row = begin + lane_row + 8 * r, position = view.Position(row);
+        const int row = begin + LaneRow() + 8 * r, position = view.Position(row);
         rows[r] = row < block.end ? RowOf<T>(tensor, block.batch, block.head, position) : nullptr;
         partial[r] = row < block.end ? RowOf<float>(partials, block.batch, block.head, position) : nullptr;
       }
     };
-    Scale(key_sum, args.scale);
-    find_rows(args.key_grad, args.key_partial);
-    StoreGradient<T, kKeyDepth>(key_sum, rows, partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);
-    find_rows(args.value_grad, args.value_partial);
-    StoreGradient<T, kValueDepth>(value_sum, rows, partial, args.value_depth, true, launch.key_first, launch.key_last, launch.key_write);
+    Scale(key_sum, args_.scale);
+    find_rows(args_.key_grad, args_.key_partial);
+    StoreGradient<T, kKeyDepth>(key_sum, rows, partial, args_.key_depth, true, launch_.key_first, launch_.key_last, launch_.key_write);
+    find_rows(args_.value_grad, args_.value_partial);
+    StoreGradient<T, kValueDepth>(value_sum, rows, partial, args_.value_depth, true, launch_.key_first, launch_.key_last,
+                                  launch_.key_write);
   }
-}
+
+  __device__ static int LaneRow() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+  const Pipeline& pipeline_;
+  const Arguments& args_;
+  const Launch& launch_;
+  const int warpgroup_;
+  PipelineState<2> own_;
+  PipelineState<Pipeline::kStages> state_;
+  uint32_t phase_ = 0;  // of the steps
+};
 
 template <typename T, int kKeyDepth, int kValueDepth>
 __global__ __launch_bounds__((BackwardPipeline<kKeyDepth, kValueDepth>::kThreads),
@@ -386,7 +446,7 @@ __global__ __launch_bounds__((BackwardPipeline<kKeyDepth, kValueDepth>::kThreads
     return;
   }
   AllocateRegisters<Pipeline::kConsumerRegisters>();
-  ConsumeKeyBlocks<T>(pipeline, args, launch);
+  BackwardMainloop<T, kKeyDepth, kValueDepth>(pipeline, args, launch).Run();
 #endif
 }
 

@@ -107,7 +107,7 @@ __device__ inline void WarpgroupAddQueryGrad(const Context& context, const Mask&
 
 // Adds a segment's queries to the key and value gradients of 64 keys, the former but for the factor scale. log_sum_exp and delta are the
 // queries', in shared memory. use(score_grads), with the scores' gradients as StoreWeights takes them, is called while products are under
-// way, and issues none.
+// way, and may issue more.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask, typename Use>
 __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int warpgroup_begin,
                                             int row_end, uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad,
@@ -159,22 +159,6 @@ __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& 
   WaitForProducts();
   FenceRegisters(key_sum);
   FenceRegisters(value_sum);
-}
-
-// Adds what kTiles tiles of scores' gradients, 64 keys by 64 queries, in shared memory one behind another, and as many times 64 keys add to
-// the query gradients of 64 queries, but for the factor scale.
-template <typename T, int kKeyDepth, int kRows, int kTiles>
-__device__ inline void AddTransposed(float (&sum)[kKeyDepth / 8][4], uint32_t score_grads, uint32_t key) {
-  FenceRegisters(sum);
-  BeginProducts();
-#pragma unroll
-  for (int i = 0; i < kTiles; i++) {
-    MultiplyTransposed<T, kKeyDepth, kRows>(sum, score_grads + i * SharedTile<64, 64>::kBytes,
-                                            key + i * 64 * SharedTile<kKeyDepth, kRows>::kRowBytes);
-  }
-  CommitProducts();
-  WaitForProducts();
-  FenceRegisters(sum);
 }
 
 // delta[r] = sum over depth of output * output_grad, for a thread's two rows, at positions place(0) and place(1); zero where that is

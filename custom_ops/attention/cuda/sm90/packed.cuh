@@ -223,7 +223,12 @@ __global__ __launch_bounds__(kPackedThreads,
               StoreWeights(score_grads, weights);
               SyncWarpgroup();
             });
-        AddTransposed<T, kKeyDepth, kRows, 1>(query_sum, score_grads, own_keys);
+        FenceRegisters(query_sum);
+        BeginProducts();
+        MultiplyTransposed<T, kKeyDepth, kRows>(query_sum, score_grads, own_keys, true);
+        CommitProducts();
+        WaitForProducts();
+        FenceRegisters(query_sum);
       }
       if (begin > key_begin) continue;
       Scale(query_sum, args.scale);

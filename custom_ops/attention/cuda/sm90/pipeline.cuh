@@ -78,6 +78,12 @@ __device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, ui
   }
 }
 
+__device__ inline uint4 LoadShared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
 // Rows of a tile from `begin` on become zeros. For a warpgroup, whose tensor cores may read them after that.
 template <int kDepth, int kRows>
 __device__ inline void ClearRows(uint32_t tile, int begin, int end) {
