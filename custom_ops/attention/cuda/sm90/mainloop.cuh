@@ -166,24 +166,37 @@ __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& 
 template <typename T, int kDepth, typename Place>
 __device__ inline void WarpgroupSumProducts(float (&delta)[2], const T* output, int64_t output_stride, const T* grad, int64_t grad_stride,
                                             int depth, Place place) {
+  constexpr int kParts = kDepth / 32;
+  const int column = threadIdx.x % 4 * 8;
+  uint4 a[2][kParts], b[2][kParts];
+  // All loads first, of what exists in any case: a branch around one would wait for it.
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const int position = place(r);
-    delta[r] = 0;
+    const int64_t position = max(place(r), 0);
 #pragma unroll
-    for (int column = threadIdx.x % 4 * 8; column < kDepth; column += 32) {
-      if (position < 0 || column >= depth) continue;
-      const uint4 a = *reinterpret_cast<const uint4*>(output + position * output_stride + column);
-      const uint4 b = *reinterpret_cast<const uint4*>(grad + position * grad_stride + column);
-      const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2 left = Unpack(x[i], T()), right = Unpack(y[i], T());
-        delta[r] = fmaf(left.x, right.x, fmaf(left.y, right.y, delta[r]));
-      }
+    for (int i = 0; i < kParts; i++) {
+      const int at = column + 32 * i < depth ? column + 32 * i : 0;
+      a[r][i] = *reinterpret_cast<const uint4*>(output + position * output_stride + at);
+      b[r][i] = *reinterpret_cast<const uint4*>(grad + position * grad_stride + at);
     }
-    delta[r] += __shfl_xor_sync(~0u, delta[r], 1);
-    delta[r] += __shfl_xor_sync(~0u, delta[r], 2);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kParts; i++) {
+      const uint32_t x[4] = {a[r][i].x, a[r][i].y, a[r][i].z, a[r][i].w}, y[4] = {b[r][i].x, b[r][i].y, b[r][i].z, b[r][i].w};
+      float part = 0;
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float2 left = Unpack(x[e], T()), right = Unpack(y[e], T());
+        part = fmaf(left.x, right.x, fmaf(left.y, right.y, part));
+      }
+      sum += column + 32 * i < depth ? part : 0;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    delta[r] = place(r) < 0 ? 0 : sum;
   }
 }
 
