@@ -208,6 +208,48 @@ def test_packed_lengths(length):
         check(OwnBlock(length) | Strided(length), 3 * length, dtype)
 
 
+# Patterns whose backward pass is one launch on Hopper: windows of a few tiles, long sequences of few positions; many runs of keys, keys that
+# reach the most tiles that there are sums for, and a tile more; strided components that begin tiles behind their query.
+ONE_PASS = [
+    (lambda: Local(128), 6000, (64, 128)),
+    (lambda: Local(129), 1500, (64, 128)),
+    (lambda: Local(130), 1500, (64, 128)),
+    (lambda: Local(63), 1024, (64, 64)),
+    (lambda: Local(256), 2000, (64, 64)),
+    (lambda: Local(258), 2000, (40, 64)),
+    (lambda: Local(1024), 3000, (32, 32)),
+    (lambda: Local(1100), 3000, (16, 24)),
+    (lambda: Strided(8), 2047, (64, 64)),
+    (lambda: Strided(3), 3072, (32, 32)),
+    (lambda: Local(300) | Strided(4), 2000, (32, 32)),
+    (lambda: Local(600) | Strided(4), 2400, (32, 32)),
+    (lambda: OwnBlock(200), 900, (64, 128)),
+    (lambda: OwnBlock(900), 2000, (32, 32)),
+    (lambda: PerHead([Local(20), Local(100), Local(128)]), 900, (64, 128)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", range(len(ONE_PASS)))
+def test_backward_in_one_pass(case, dtype):
+    pattern, n, depths = ONE_PASS[case]
+    check(pattern(), n, dtype, depths)
+    check(pattern(), n, dtype, depths, with_lengths=True, with_sum_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "depths"), [(Local(128), (64, 128)), (Strided(128), (64, 128)), (Local(20) | Strided(8), (32, 32))], ids=str
+)
+def test_the_same_bits_in_twenty_runs(pattern, depths):
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 3072, HEADS, depth, device="cuda").bfloat16() for depth in (*depths[:1] * 2, *depths[1:] * 2)]
+    attention = torch_binding.Attention(tensors[0], tensors[2], pattern)
+    first = run(attention, *tensors, None)
+    for _ in range(19):
+        for x, y in zip(first, run(attention, *tensors, None), strict=True):
+            assert torch.equal(x, y), "another run gave other bits"
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
 def test_scales(scale):
     for name in ("causal", "merged strided"):

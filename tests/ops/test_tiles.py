@@ -64,6 +64,14 @@ int main(int, char** args) {
       separator = ", ";
     }
   }
+  std::printf("], \\"backward\\": [");
+  separator = "";
+  for (const Depths& depths : kDepths) {
+    const Sm90BackwardTile tile = FindSm90BackwardTile(depths);
+    std::printf("%s[%d, %d, %d, %d, %d, %d, %d]", separator, depths.key, depths.value, tile.accumulators, tile.reach(), tile.stages,
+                tile.bytes(), Sm90PackedBytes(kPackedBackward, depths, kMaxPackedRows));
+    separator = ", ";
+  }
   std::printf("]}");
 }
 """
@@ -115,6 +123,21 @@ def test_hopper_holds_its_tiles(table):
         own = rows * 2 * (key + (value if index else 0))
         assert stages >= 2 and bytes_ >= own + stages * 64 * 2 * (key + value)
         assert bytes_ <= most and blocks * (bytes_ + 1024) <= of_multiprocessor
+
+
+def test_hopper_holds_a_backward_pass_in_one(table):
+    most, _ = CARDS["9.0"]
+    tiles = table(most)["backward"]
+    assert [(key, value) for key, value, *_ in tiles] == DEPTHS
+    for key, value, accumulators, reach, stages, bytes_, packed in tiles[:3]:
+        # Two blocks of 128 keys, tiles of 64 queries, the scores' gradients of both halves, outputs, sums.
+        needed = 2 * 128 * 2 * (key + value) + stages * 64 * 2 * (key + value) + 2 * 64 * 64 * 2 + 64 * 2 * value
+        needed += accumulators * 64 * 4 * key + 2 * reach * 64 * 2 * 4
+        assert stages >= 2 and reach == accumulators + 2 and needed <= bytes_ <= most
+        assert packed == 128 * 2 * 2 * (key + value) + 2 * 128 * 4 + 2 * 64 * 64 * 2
+        # The longest window whose keys reach that many tiles.
+        assert 64 * reach - 128 == {(32, 32): 1024, (64, 64): 256, (64, 128): 128}[key, value]
+    assert [accumulators for _, _, accumulators, *_ in tiles[3:]] == [0, 0]
 
 
 def test_older_cards_are_refused(table):

@@ -163,7 +163,7 @@ constexpr Sm90BackwardTile FindSm90BackwardTile(const Depths& depths) {
 
 constexpr int Sm90PackedBytes(Pass pass, const Depths& depths, int rows) {
   if (pass == kPackedForward) return rows * 2 * (2 * depths.key + depths.value);
-  return rows * 2 * (2 * (depths.key + depths.value) + 4) + kScoreGradBytes;
+  return rows * 2 * (2 * (depths.key + depths.value) + 4) + rows / 64 * kScoreGradBytes;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------

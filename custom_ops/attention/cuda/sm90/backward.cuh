@@ -1,8 +1,8 @@
 // Backward in one pass, five products, for sequences in which a key reaches the queries of a few tiles alone: local windows, strided
 // sequences, own blocks. A block of threads walks a run of keys, kBackwardKeys at a time, and of each the tiles of 64 queries that they
-// reach. Gradients of keys and values stay in the registers of two warpgroups, a half of the keys each. The scores' gradients leave registers
-// for shared memory, where the query gradients' product reads them the other way around. Query gradients wait in shared memory, each
-// thread's part for itself, until the last of their keys has passed.
+// reach. Gradients of keys and values stay in the registers of two warpgroups, a half of the keys each. The scores' gradients leave
+// registers for shared memory, where the query gradients' product reads them the other way around. Query gradients wait in shared memory,
+// each thread's part for itself, until the last of their keys has passed.
 //
 // A run has query gradients of the positions that it has keys of: so it begins with keys of the run before, as far back as those queries
 // reach, and visits queries of the run after. Nothing is added to memory, and the order of every sum is fixed.
@@ -87,10 +87,10 @@ class KeyBlockWalk {
   const Arguments& args_;
   const Launch& launch_;
   int unit_;
-  int component_ = 0;                // of the program's
+  int component_ = 0;                 // of the program's
   int run_ = 0, next_ = 0, end_ = 0;  // key blocks: the first of the run, the next to visit, and behind the last
-  int seen_ = 0;                     // behind the last tile that the run has visited
-  int visited_ = 0;                  // tiles of the runs before
+  int seen_ = 0;                      // behind the last tile that the run has visited
+  int visited_ = 0;                   // tiles of the runs before
 };
 
 // An Sm90BackwardTile, and the addresses of its parts.
@@ -313,8 +313,7 @@ class BackwardMainloop {
     mask.Find(component, view, begin, block.end);
     Interval first_half = {0, 0};  // queries of the first half's keys
     if (warpgroup_ > 0) {
-      first_half = {QueriesOf(*component, block.first, view.count).low,
-                    QueriesOf(*component, min(begin, block.end) - 1, view.count).high};
+      first_half = {QueriesOf(*component, block.first, view.count).low, QueriesOf(*component, min(begin, block.end) - 1, view.count).high};
     }
     float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
     Clear(key_sum);
@@ -327,7 +326,9 @@ class BackwardMainloop {
       const bool reached = mask.Reaches(segment);
       float query_sum[kKeyDepth / 8][4];
       WaitBarrier(pipeline_.Full(state_.stage), state_.phase);
-      WaitBarrier(pipeline_.StatisticsFull(visit % Pipeline::kSlots), visit / Pipeline::kSlots & 1);
+      const auto wait_for_statistics = [&] {
+        WaitBarrier(pipeline_.StatisticsFull(visit % Pipeline::kSlots), visit / Pipeline::kSlots & 1);
+      };
       if (args_.lengths && segment.count < 64) {
         ClearRows<kKeyDepth, 64>(queries, max(segment.count, 0), 64);
         ClearRows<kValueDepth, 64>(grads, max(segment.count, 0), 64);
@@ -336,9 +337,9 @@ class BackwardMainloop {
       if (reached) {
         WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kBackwardKeys, 64>(
             context, mask, segment, begin, block.end, keys, values, queries, grads, statistics, statistics + 64, key_sum, value_sum,
-            [&](const auto& weights) {
+            wait_for_statistics, [&](const auto& weights) {
               const uint32_t score_grads = Uniform(pipeline_.ScoreGrads(warpgroup_));
-              SyncWarpgroup();  // the last product with the tile is done
+              WaitForWarpgroup();  // the last product with the tile is done
               StoreWeights(score_grads, weights);
               SyncWarpgroup();
               BeginProducts();
@@ -347,6 +348,7 @@ class BackwardMainloop {
             });
         FenceRegisters(query_sum);
       } else {
+        wait_for_statistics();  // whoever finds them has done with the stage
         Clear(query_sum);
       }
       __syncwarp();

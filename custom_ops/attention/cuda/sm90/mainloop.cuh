@@ -106,24 +106,25 @@ __device__ inline void WarpgroupAddQueryGrad(const Context& context, const Mask&
 }
 
 // Adds a segment's queries to the key and value gradients of 64 keys, the former but for the factor scale. log_sum_exp and delta are the
-// queries', in shared memory. use(score_grads), with the scores' gradients as StoreWeights takes them, is called while products are under
-// way, and may issue more.
-template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask, typename Use>
+// queries', in shared memory, where they are once ready() returns. use(score_grads), with the scores' gradients as StoreWeights takes them,
+// is called while products are under way, and may issue more.
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask, typename Ready, typename Use>
 __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int warpgroup_begin,
                                             int row_end, uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad,
                                             const float* log_sum_exp, const float* delta, float (&key_sum)[kKeyDepth / 8][4],
-                                            float (&value_sum)[kValueDepth / 8][4], Use use) {
+                                            float (&value_sum)[kValueDepth / 8][4], Ready ready, Use use) {
   float x[kStageRows / 8][4], y[kStageRows / 8][4];
   float2 sums[kStageRows / 8], deltas[kStageRows / 8];
-#pragma unroll
-  for (int b = 0; b < kStageRows / 8; b++) {
-    sums[b] = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
-  }
   BeginProducts();
   MultiplyScores<T, kKeyDepth, kRows, kVisited>(x, key, query);
   CommitProducts();
   MultiplyScores<T, kValueDepth, kRows, kVisited>(y, value, output_grad);
   CommitProducts();
+  ready();
+#pragma unroll
+  for (int b = 0; b < kStageRows / 8; b++) {
+    sums[b] = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
+  }
   WaitForProducts<1>();
   FenceRegisters(x);
 #pragma unroll

@@ -15,7 +15,7 @@ template <int kKeyDepth, int kValueDepth, int kRows>
 struct Sm90PackedTile {
   static constexpr int kKeyBytes = SharedTile<kKeyDepth, kRows>::kBytes, kValueBytes = SharedTile<kValueDepth, kRows>::kBytes;
   static constexpr int kForwardBytes = Sm90PackedBytes(kPackedForward, {kKeyDepth, kValueDepth}, kRows);
-  static constexpr int kScoreGrads = 2 * (kKeyBytes + kValueBytes), kStatistics = kScoreGrads + SharedTile<64, 64>::kBytes;
+  static constexpr int kScoreGrads = 2 * (kKeyBytes + kValueBytes), kStatistics = kScoreGrads + kRows / 64 * kScoreGradBytes;
   static constexpr int kBackwardBytes = Sm90PackedBytes(kPackedBackward, {kKeyDepth, kValueDepth}, kRows);
   static_assert(kForwardBytes == 2 * kKeyBytes + kValueBytes, "as planned");
   static_assert(kBackwardBytes == kStatistics + 2 * kRows * sizeof(float), "as planned");
@@ -129,12 +129,11 @@ constexpr int PackedBackwardBlocks(int key_depth, int value_depth, int rows) {
   return key_depth + value_depth <= 64 ? 3 : 2;
 }
 
-// A pass of five products: the scores' gradients leave registers for shared memory once, where the query gradient's product reads them
-// the other way around. Queries of a tile's second half wait in registers for the keys of both halves.
+// A pass of five products: the scores' gradients leave registers for shared memory, where the query gradients' product reads them the other
+// way around. Those of the second half's queries and the first half's keys wait there for the second half's.
 template <typename T, int kKeyDepth, int kValueDepth, int kRows>
-__global__ __launch_bounds__(kPackedThreads,
-                             (PackedBackwardBlocks(kKeyDepth, kValueDepth, kRows))) void Sm90PackedBackwardKernel(const __grid_constant__ Arguments args,
-                                                                                                    const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kValueDepth, kRows))) void Sm90PackedBackwardKernel(
+    const __grid_constant__ Arguments args, const __grid_constant__ Launch launch) {
 #if STF_HAS_WGMMA
   using Tile = Sm90PackedTile<kKeyDepth, kValueDepth, kRows>;
   using KeyTile = SharedTile<kKeyDepth, kRows>;
@@ -162,6 +161,13 @@ __global__ __launch_bounds__(kPackedThreads,
   CommitCopies();
 
   const int64_t statistics = StatisticsBase(args, work.batch, work.head);
+  const int position = threadIdx.x < kRows ? place(threadIdx.x) : -1;
+  float log_sum_exp = 0, log_sum_exp_grad = 0, left_delta = 0;  // asked for early
+  if (position >= 0) {
+    log_sum_exp = args.log_sum_exp[statistics + position];
+    if (launch.first && args.log_sum_exp_grad) log_sum_exp_grad = args.log_sum_exp_grad[statistics + position];
+    if (!launch.first) left_delta = args.delta[statistics + position];
+  }
   for (int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; row < kRows && launch.first; row += 64) {
     float delta[2];
     WarpgroupSumProducts<T, kValueDepth>(delta, Base<const T>(args.output, work.batch, work.head), args.output.position_stride,
@@ -174,14 +180,10 @@ __global__ __launch_bounds__(kPackedThreads,
   }
   __syncthreads();
   if (threadIdx.x < kRows) {
-    const int row = threadIdx.x, position = place(row);
-    log_sum_exps[row] = position < 0 ? 0 : args.log_sum_exp[statistics + position];
-    if (!launch.first) {
-      deltas[row] = position < 0 ? 0 : args.delta[statistics + position];
-    } else if (position >= 0) {
-      if (args.log_sum_exp_grad) deltas[row] -= args.log_sum_exp_grad[statistics + position];
-      args.delta[statistics + position] = deltas[row];
-    }
+    const int row = threadIdx.x;
+    log_sum_exps[row] = log_sum_exp;
+    deltas[row] = launch.first ? deltas[row] - log_sum_exp_grad : left_delta;
+    if (launch.first && position >= 0) args.delta[statistics + position] = deltas[row];
   }
   FinishCopies();
 
@@ -198,8 +200,6 @@ __global__ __launch_bounds__(kPackedThreads,
       partial[r] = positions[r] < 0 ? nullptr : RowOf<float>(partials, work.batch, work.head, positions[r]);
     }
   };
-  float query_sum[kKeyDepth / 8][4];  // of 64 queries, by the keys so far
-  Clear(query_sum);
 #pragma unroll
   for (int key_begin = 0; key_begin < kRows; key_begin += 64) {
     if (key_begin >= packs.rows) break;
@@ -213,29 +213,30 @@ __global__ __launch_bounds__(kPackedThreads,
     WarpgroupMask<true, false> mask;
     FindPackedMask<true>(&mask, component, launch, packs, key_begin, end);
 #pragma unroll
-    for (int begin = key_begin; begin < kRows; begin += 64) {
+    for (int begin = kRows - 64; begin >= key_begin; begin -= 64) {
       const WarpgroupSegment segment = {component, begin, kStageRows};
-      if (begin < packs.rows && mask.Reaches(segment)) {
-        WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kRows, kRows>(
-            context, mask, segment, key_begin, packs.rows, own_keys, own_values, queries + begin * KeyTile::kRowBytes,
-            grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum, [&](const auto& weights) {
-              if (begin > 0) SyncWarpgroup();  // the last product with the tile is done
-              StoreWeights(score_grads, weights);
-              SyncWarpgroup();
-            });
-        FenceRegisters(query_sum);
-        BeginProducts();
-        MultiplyTransposed<T, kKeyDepth, kRows>(query_sum, score_grads, own_keys, true);
-        CommitProducts();
-        WaitForProducts();
-        FenceRegisters(query_sum);
+      const uint32_t tile = score_grads + (begin > key_begin ? kScoreGradBytes : 0);
+      if (begin >= packs.rows || !mask.Reaches(segment)) {
+        StoreWeights(tile, {});
+        continue;
       }
-      if (begin > key_begin) continue;
-      Scale(query_sum, args.scale);
-      find_rows(args.query_grad, args.query_partial);
-      StoreGradient<T, kKeyDepth>(query_sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
-      Clear(query_sum);
+      WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kRows, kRows>(
+          context, mask, segment, key_begin, packs.rows, own_keys, own_values, queries + begin * KeyTile::kRowBytes,
+          grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum, [] {},
+          [&](const auto& weights) { StoreWeights(tile, weights); });
     }
+    SyncWarpgroup();
+    float query_sum[kKeyDepth / 8][4];
+    BeginProducts();
+    MultiplyTransposed<T, kKeyDepth, kRows>(query_sum, score_grads, own_keys, false);
+    if (key_begin > 0) MultiplyTransposed<T, kKeyDepth, kRows>(query_sum, score_grads + kScoreGradBytes, keys, true);
+    CommitProducts();
+    WaitForProducts();
+    FenceRegisters(query_sum);
+    if (kRows > 64) WaitForWarpgroup();  // before the next keys' come
+    Scale(query_sum, args.scale);
+    find_rows(args.query_grad, args.query_partial);
+    StoreGradient<T, kKeyDepth>(query_sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
     Scale(key_sum, args.scale);
     find_rows(args.key_grad, args.key_partial);
     StoreGradient<T, kKeyDepth>(key_sum, rows, partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);

@@ -195,9 +195,9 @@ struct KeyGrad {
   template <typename Mask>
   __device__ void Mainloop(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int begin, int end, uint32_t key,
                            uint32_t value, uint32_t query, const float* statistics) {
-    WarpgroupAddKeyGrads<T, kKey, kValue, Tile::kRows, kStageRows>(context, mask, segment, begin, end, key, value, query,
-                                                                   query + Tile::kStageKeyBytes, statistics, statistics + kStageRows,
-                                                                   key_sum, value_sum, [](const auto&) {});
+    WarpgroupAddKeyGrads<T, kKey, kValue, Tile::kRows, kStageRows>(
+        context, mask, segment, begin, end, key, value, query, query + Tile::kStageKeyBytes, statistics, statistics + kStageRows, key_sum,
+        value_sum, [] {}, [](const auto&) {});
   }
 
   __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {

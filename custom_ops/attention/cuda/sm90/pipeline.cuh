@@ -78,6 +78,7 @@ __device__ inline void CopyRows(uint32_t tile, const TensorMap& map, int box, ui
   }
 }
 
+// 16 bytes of shared memory.
 __device__ inline uint4 LoadShared(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
@@ -94,10 +95,13 @@ __device__ inline void ClearRows(uint32_t tile, int begin, int end) {
   }
 }
 
-// The warpgroup's threads wait for one another; what they wrote to shared memory may then be read by its tensor cores.
+// The warpgroup's threads wait for one another.
+__device__ inline void WaitForWarpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory"); }
+
+// The same; what they wrote to shared memory may then be read by its tensor cores.
 __device__ inline void SyncWarpgroup() {
   FenceShared();
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
+  WaitForWarpgroup();
 }
 
 // What the producer says of a stage.

@@ -152,8 +152,8 @@ __device__ inline void MultiplyScores(float (&sum)[kBlocks][4], uint32_t a, uint
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) {
     const int panel = 2 * k / A::kRowChunks, within = 2 * k % A::kRowChunks * 16;
-    IssueShared<T, 0>(sum, Describe<kDepth, kRowsA>(a, panel * A::kPanel + within),
-                      Describe<kDepth, kRowsB>(b, panel * B::kPanel + within), kAdd || k > 0);
+    IssueShared<T, 0>(sum, Describe<kDepth, kRowsA>(a, panel * A::kPanel + within), Describe<kDepth, kRowsB>(b, panel * B::kPanel + within),
+                      kAdd || k > 0);
   }
 }
 
@@ -193,10 +193,10 @@ __device__ inline void StoreWeights(uint32_t tile, const uint32_t (&p)[4][4]) {
   const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
 #pragma unroll
   for (int k = 0; k < 4; k++) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(tile +
-                                                                                       SharedTile<64, 64>::Offset(row, 2 * k + chunk)),
-                 "r"(p[k][0]), "r"(p[k][1]), "r"(p[k][2]), "r"(p[k][3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(tile + SharedTile<64, 64>::Offset(row, 2 * k + chunk)),
+        "r"(p[k][0]), "r"(p[k][1]), "r"(p[k][2]), "r"(p[k][3])
+        : "memory");
   }
 }
 
