@@ -1,13 +1,16 @@
 """Attention on the GPU, beside its peers and its floor, all measured in one run.
 
-    python benchmarks/attention_gpu.py                         # the table, and benchmarks/results/attention_h200.json
+    python benchmarks/attention_gpu.py                         # the table, and benchmarks/results/attention_h100.json
     python benchmarks/attention_gpu.py --only=local --peers=   # rows whose pattern has the word, ours alone
+    python benchmarks/attention_gpu.py --before=before.so      # beside another build of the kernels, in the same run
+    python benchmarks/attention_plot.py                        # docs/attention_h100.svg from the JSON
 
 Cold L2 (a large buffer is read before each call), device events, medians; results are checked first. The floor of a row
 is the larger of its exact floating-point operations over the matmul rate and its least bytes over the copy rate, both
 measured first; its share is floor / time. Peers: FlexAttention with the same mask, SDPA on the transposed sequence
 (strided), dense causal SDPA with the flash and the cuDNN back ends. "host" is a call's time on the host, of many in a
-row without the pause that hides it. Needs PyTorch, nvcc and an NVIDIA GPU; TensorFlow is not needed.
+row without the pause that hides it. The file is named after the card. Needs PyTorch, nvcc and an NVIDIA GPU, no
+TensorFlow.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import platform
 import subprocess
@@ -41,16 +45,16 @@ CIFAR10, ENWIK8, IMAGENET64 = (
 )  # batch, heads, n, d_qk, d_v
 AUDIO, LONG_AUDIO = (1, 8, 65536, 64, 64), (1, 4, 1048576, 32, 32)
 ROWS = [
-    (CIFAR10, Local(128), (0.60, 0.50)),
-    (CIFAR10, Strided(128), (0.55, 0.45)),
-    (CIFAR10, Strided(96), (0.55, 0.45)),
-    (CIFAR10, Local(128) | Strided(128), (0.45, 0.40)),
-    (ENWIK8, Causal(), (0.65, 0.62)),
-    (ENWIK8, Fixed(128, 32), (0.50, 0.45)),
+    (CIFAR10, Local(128), (0.75, 0.62)),
+    (CIFAR10, Strided(128), (0.78, 0.62)),
+    (CIFAR10, Strided(96), (0.83, 0.66)),
+    (CIFAR10, Local(128) | Strided(128), (0.50, 0.40)),
+    (ENWIK8, Causal(), (0.68, 0.58)),
+    (ENWIK8, Fixed(128, 32), (0.56, 0.48)),
     (IMAGENET64, Local(128), (0.55, 0.45)),
-    (IMAGENET64, Strided(128), (0.50, 0.45)),
-    (AUDIO, Local(256), (0.55, 0.45)),
-    (AUDIO, Strided(256), (0.55, 0.45)),
+    (IMAGENET64, Strided(128), (0.60, 0.52)),
+    (AUDIO, Local(256), (0.62, 0.52)),
+    (AUDIO, Strided(256), (0.92, 0.58)),
     (LONG_AUDIO, Local(1024), (0.50, 0.45)),
     (LONG_AUDIO, Strided(1024), (0.50, 0.45)),
 ]
@@ -93,6 +97,14 @@ def inputs(shape, dtype):
     torch.manual_seed(0)
     depths = key_depth, key_depth, value_depth, value_depth
     return [torch.randn(batch, n, heads, depth, device="cuda").to(dtype) for depth in depths]
+
+
+def use_library(path):
+    """Has the kernels come from a library that is built already, or from the sources where that is None."""
+    os.environ.pop("STF_CUDA_LIBRARY", None)
+    if path:
+        os.environ["STF_CUDA_LIBRARY"] = str(pathlib.Path(path).resolve())
+    torch_binding.load.cache_clear()
 
 
 def ours(pattern, query, key, value, grad):
@@ -263,16 +275,10 @@ def flex(pattern, n, heads):
     return attend
 
 
-def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
-    """Rows of ours and the peers."""
+def measure(shape, pattern, dtype, timer, matmul, copy, chosen, libraries):
+    """Rows of ours, of each library, and of the peers."""
     batch, heads, n, key_depth, value_depth = shape
     arrays = inputs(shape, dtype)
-    calls, results, workspace, host = ours(pattern, *arrays)
-    for x in results:
-        x.fill_(torch.nan)
-    calls[1]()
-    torch.cuda.synchronize()
-    check(pattern, arrays, results)
     sizes = dict(key_dim=key_depth, value_dim=value_depth, num_heads=heads, batch=batch)
 
     def row(name, which, ms, peak=None, host_us=None):
@@ -291,8 +297,16 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen):
         return r
 
     rows = []
-    for index, which in enumerate(PASSES):
-        rows.append(row("stf", which, timer(calls[index]), workspace if index else 0, host[index]))
+    for name, library in libraries.items():
+        use_library(library)
+        calls, results, workspace, host = ours(pattern, *arrays)
+        for x in results:
+            x.fill_(torch.nan)
+        calls[1]()
+        torch.cuda.synchronize()
+        check(pattern, arrays, results)
+        for index, which in enumerate(PASSES):
+            rows.append(row(name, which, timer(calls[index]), workspace if index else 0, host[index]))
     for name, peer in peers(pattern, arrays, chosen):
         for index, which in enumerate(PASSES):
             try:
@@ -328,8 +342,13 @@ def main():
     parser.add_argument("--only", default="", help="run only rows whose shape and pattern contain this")
     parser.add_argument("--peers", default="sdpa,flex", help="which peers to run beside ours")
     parser.add_argument("--dtypes", default="bfloat16")
-    parser.add_argument("--output", default=str(HERE / "results" / "attention_h200.json"))
+    parser.add_argument("--before", help="another build of the kernels, measured beside")
+    parser.add_argument("--output", help="the JSON; benchmarks/results/attention_<card>.json where not given")
     options = parser.parse_args()
+    card = torch.cuda.get_device_name().split()[1].lower()
+    output = options.output or str(HERE / "results" / f"attention_{card}.json")
+    libraries = {"stf before": options.before} if options.before else {}
+    libraries["stf"] = os.environ.get("STF_CUDA_LIBRARY")
     timer = Timer()
     matmul, copy = rates(timer)
     print(
@@ -341,15 +360,16 @@ def main():
         if options.only.lower() not in f"{shape} {pattern!r}".lower():
             continue
         for dtype in options.dtypes.split(","):
-            found = measure(shape, pattern, getattr(torch, dtype), timer, matmul, copy, options.peers.split(","))
+            chosen = options.peers.split(",")
+            found = measure(shape, pattern, getattr(torch, dtype), timer, matmul, copy, chosen, libraries)
             rows += found
             reached = [r["share"] for r in found if r["implementation"] == "stf"]
             short += [(shape, pattern, p, s, t) for p, s, t in zip(PASSES, reached, targets, strict=True) if s < t]
             torch.cuda.empty_cache()
-            write(options.output, matmul, copy, rows)  # after every row: nothing is lost
+            write(output, matmul, copy, rows)  # after every row: nothing is lost
     for shape, pattern, which, share, target in short:
         print(f"short of its target: {shape} {pattern!r} {which}: {share:.3f} < {target}")
-    print(f"written: {options.output}")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

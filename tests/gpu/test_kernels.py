@@ -238,11 +238,15 @@ def test_backward_in_one_pass(case, dtype):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "depths"), [(Local(128), (64, 128)), (Strided(128), (64, 128)), (Local(20) | Strided(8), (32, 32))], ids=str
+    ("pattern", "depths"),
+    [(Local(128), (64, 128)), (Strided(128), (64, 128)), (Local(20) | Strided(8), (32, 32))],
+    ids=str,
 )
 def test_the_same_bits_in_twenty_runs(pattern, depths):
     torch.manual_seed(0)
-    tensors = [torch.randn(4, 3072, HEADS, depth, device="cuda").bfloat16() for depth in (*depths[:1] * 2, *depths[1:] * 2)]
+    tensors = [
+        torch.randn(4, 3072, HEADS, depth, device="cuda").bfloat16() for depth in (*depths[:1] * 2, *depths[1:] * 2)
+    ]
     attention = torch_binding.Attention(tensors[0], tensors[2], pattern)
     first = run(attention, *tensors, None)
     for _ in range(19):
