@@ -217,8 +217,9 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
   while (walk.Next(&block)) {
     const View view = block.ViewOf(launch);
     const int64_t statistics = StatisticsBase(args, block.batch, block.head);
-    // Whoever read what is written over here has left the key block before the last one.
-    WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
+    // Whoever read what is written over here has left the key block before the last one. Consumers do not get past a block with a new tile
+    // without these warps, but past others they may, and past the phase that would be waited for.
+    if (block.tile_new < block.tile_end) WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
     own.Next();
     for (int t = block.tile_begin; t < block.tile_end; t++, state.Next()) {
       if (t < block.tile_new) continue;
@@ -240,10 +241,10 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
           WaitBarrier(pipeline.Full(state.stage), state.phase);
           arrived = true;
         }
-        if (launch.first) {
+        if (launch.first && 64 * t < block.count) {
 #pragma unroll
           for (int i = 0; i < kValueDepth / 32; i++) {
-            const int offset = ValueTile::Offset(row, threadIdx.x % 4 + 4 * i);
+            const int offset = ValueTile::Offset(used ? row : 0, threadIdx.x % 4 + 4 * i);
             const uint4 x = LoadShared(outputs + offset), y = LoadShared(grads + offset);
             const uint32_t u[4] = {x.x, x.y, x.z, x.w}, v[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
