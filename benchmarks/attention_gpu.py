@@ -266,6 +266,7 @@ def flex(pattern, n, heads):
 
     parts = getattr(pattern, "parts", None) or [pattern]
     mask = or_masks(*(mask_function(part) for part in parts))
+    torch._dynamo.reset()  # or else after some rows nothing is compiled any more
     block_mask = create_block_mask(mask, None, heads, n, n, device="cuda", _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False)
 

@@ -208,8 +208,9 @@ def test_packed_lengths(length):
         check(OwnBlock(length) | Strided(length), 3 * length, dtype)
 
 
-# Patterns whose backward pass is one launch on Hopper: windows of a few tiles, long sequences of few positions; many runs of keys, keys that
-# reach the most tiles that there are sums for, and a tile more; strided components that begin tiles behind their query.
+# Patterns whose backward pass is one launch on Hopper: windows of a few tiles, sequences of a few; many runs of keys,
+# keys that reach the most tiles that there are sums for, and a tile more; strided components that begin tiles behind
+# their query.
 ONE_PASS = [
     (lambda: Local(128), 6000, (64, 128)),
     (lambda: Local(129), 1500, (64, 128)),

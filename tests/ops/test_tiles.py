@@ -68,8 +68,8 @@ int main(int, char** args) {
   separator = "";
   for (const Depths& depths : kDepths) {
     const Sm90BackwardTile tile = FindSm90BackwardTile(depths);
-    std::printf("%s[%d, %d, %d, %d, %d, %d, %d]", separator, depths.key, depths.value, tile.accumulators, tile.reach(), tile.stages,
-                tile.bytes(), Sm90PackedBytes(kPackedBackward, depths, kMaxPackedRows));
+    std::printf("%s[%d, %d, %d, %d, %d, %d, %d]", separator, depths.key, depths.value, tile.accumulators,
+                tile.reach(), tile.stages, tile.bytes(), Sm90PackedBytes(kPackedBackward, depths, kMaxPackedRows));
     separator = ", ";
   }
   std::printf("]}");

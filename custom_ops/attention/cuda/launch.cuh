@@ -2,6 +2,8 @@
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_LAUNCH_CUH_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_LAUNCH_CUH_
 
+#include <numeric>
+
 #include "custom_ops/attention/cuda/kernels.h"
 #include "custom_ops/attention/cuda/sm80/backward.cuh"
 #include "custom_ops/attention/cuda/sm80/forward.cuh"
@@ -42,6 +44,16 @@ cudaError_t RunSm80Packed(Pass pass, const Arguments& args, const Launch& launch
   return cudaErrorInvalidConfiguration;
 }
 
+// How many blocks a persistent launch has. Each takes every so many'th tile: where a sequence's tiles, of all lengths, follow one another,
+// a few blocks less see to it that each block meets all of them.
+inline int64_t PersistentBlocks(const Launch& launch, int64_t resident) {
+  if (!launch.persistent) return INT32_MAX;
+  for (int64_t blocks = resident; launch.together && blocks > resident - resident / 32; blocks--) {
+    if (blocks % launch.head_slots == 0 && std::gcd(blocks / launch.head_slots, int64_t{launch.tiles}) == 1) return blocks;
+  }
+  return resident;
+}
+
 // The same of a kernel of sm90/kernel.cuh. Where each work tile is short, the grid is persistent: so many blocks as are resident.
 template <typename Kernel>
 cudaError_t StartSm90(Kernel kernel, int threads, int bytes, int64_t resident, Pass pass, int key_depth, int value_depth,
@@ -49,7 +61,7 @@ cudaError_t StartSm90(Kernel kernel, int threads, int bytes, int64_t resident, P
   std::shared_ptr<const Maps> maps;
   if (const int error = MapsOf(pass, key_depth, value_depth, args, launch, &maps)) return static_cast<cudaError_t>(error);
   if (const cudaError_t error = Allow(reinterpret_cast<const void*>(kernel), bytes)) return error;
-  const int64_t most = launch.persistent ? resident : INT32_MAX;
+  const int64_t most = PersistentBlocks(launch, resident);
   kernel<<<static_cast<unsigned>(launch.work_tiles < most ? launch.work_tiles : most), threads, bytes, stream>>>(args, launch, *maps);
   return cudaGetLastError();
 }

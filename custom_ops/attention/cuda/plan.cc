@@ -29,6 +29,8 @@ struct PlannedPass {
 
 constexpr int kPersistentColumns = 2048;  // columns that a row visits at the most where a block does not stop after one tile
 
+constexpr int kTogether = 4;  // sequences of all heads for each multiprocessor from which on a sequence's tiles follow one another
+
 class Planner {
  public:
   Planner(const stf_problem& problem, const Machine& machine) : problem_(problem), depths_(FindDepths(problem)), machine_(machine) {}
@@ -230,6 +232,7 @@ class Planner {
     const int rows = TileRows(pass.kind, problem_.dtype, depths_, machine_);
     launch->tiles = static_cast<int32_t>((longest + rows - 1) / rows);
     launch->work_tiles = int64_t{launch->tiles} * launch->sequences * launch->head_slots * problem_.batch;
+    launch->together = int64_t{launch->sequences} * launch->head_slots * problem_.batch >= kTogether * machine_.multiprocessors;
     launch->persistent = true;
     for (int slot = 0; slot < launch->programs; slot++) {
       for (uint64_t left = launch->members[slot]; left; left &= left - 1) {

@@ -13,14 +13,23 @@ struct TileIndex {
 };
 
 // Heads are innermost, then sequences, so that blocks that run together read neighbouring memory; the last tiles, which are the longest
-// ones where the pattern is causal, come first. False where the head does not exist.
+// ones where the pattern is causal, come first. Where there are many sequences the tiles of each follow one another instead: what they all
+// read is still in the L2. False where the head does not exist.
 __device__ inline bool FindTile(const Arguments& args, const Launch& launch, int index, int sequences, bool last_first, TileIndex* work) {
   const int slot = index % launch.head_slots, program = slot % launch.programs;
   index /= launch.head_slots;
+  if (launch.together) {
+    work->tile = index % launch.tiles;
+    index /= launch.tiles;
+  }
   work->sequence = index % sequences;
   index /= sequences;
-  work->batch = index % args.batch;
-  work->tile = index / args.batch;
+  if (launch.together) {
+    work->batch = index;
+  } else {
+    work->batch = index % args.batch;
+    work->tile = index / args.batch;
+  }
   if (last_first) work->tile = launch.tiles - 1 - work->tile;
   work->program = program;
   work->head = launch.number[program] + slot / launch.programs * launch.period;
