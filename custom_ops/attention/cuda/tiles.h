@@ -146,7 +146,7 @@ struct Sm90BackwardTile {
   constexpr int statistics() const { return sums() + accumulators * accumulator_bytes; }
   constexpr int key_blocks() const { return statistics() + slots() * 2 * 64 * 4; }
   constexpr int barriers() const { return key_blocks() + 2 * kKeyBlockBytes; }
-  constexpr int bytes() const { return barriers() + 8 * (2 * stages + 8 + slots()); }
+  constexpr int bytes() const { return barriers() + 8 * (2 * stages + 8 + 2 * slots()); }
 };
 
 constexpr Sm90BackwardTile FindSm90BackwardTile(const Depths& depths) {

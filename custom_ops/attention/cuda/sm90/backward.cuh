@@ -124,7 +124,8 @@ struct BackwardPipeline {
   __device__ uint32_t OutputFull() const { return Full(2 * kStages + 4); }
   __device__ uint32_t OutputEmpty() const { return Full(2 * kStages + 5); }
   __device__ uint32_t Added(int warpgroup) const { return Full(2 * kStages + 6 + warpgroup); }
-  __device__ uint32_t StatisticsFull(uint32_t slot) const { return Full(2 * kStages + 8 + slot); }
+  __device__ uint32_t SumsFull(uint32_t slot) const { return Full(2 * kStages + 8 + slot); }
+  __device__ uint32_t DeltasFull(uint32_t slot) const { return SumsFull(kSlots + slot); }
 
   __device__ void Start() const {
     if (threadIdx.x == 0) {
@@ -139,7 +140,10 @@ struct BackwardPipeline {
       InitBarrier(OutputFull(), 1);
       InitBarrier(OutputEmpty(), 3 * kWarpArrivals);
       for (int warpgroup = 0; warpgroup < 2; warpgroup++) InitBarrier(Added(warpgroup), 4 * kWarpArrivals);
-      for (int slot = 0; slot < kSlots; slot++) InitBarrier(StatisticsFull(slot), 3 * kWarpArrivals);
+      for (int slot = 0; slot < kSlots; slot++) {
+        InitBarrier(SumsFull(slot), 3 * kWarpArrivals);
+        InitBarrier(DeltasFull(slot), 3 * kWarpArrivals);
+      }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       FenceShared();
     }
@@ -226,21 +230,24 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
       const int slot = (block.slot + t) % Pipeline::kSlots;
       float* const to = pipeline.Statistics(slot);
       const uint32_t outputs = pipeline.Output(), grads = pipeline.Stage(state.stage) + Pipeline::kTile.stage_key_bytes;
-      bool arrived = !launch.first;
+      for (int row = threadIdx.x % 32 + 32 * warp; row < 64; row += 96) {
+        const bool used = 64 * t + row < block.count;
+        to[row] = used ? args.log_sum_exp[statistics + view.Position(64 * t + row)] : 0;
+      }
+      __syncwarp();
+      ArriveWarp(pipeline.SumsFull(slot));
+      if (launch.first) {
+        WaitBarrier(pipeline.OutputFull(), output.phase);
+        WaitBarrier(pipeline.Full(state.stage), state.phase);
+      }
 #pragma unroll 1
       for (int begin = 8 * warp; begin < 64; begin += 24) {
         const int row = begin + threadIdx.x % 32 / 4;
         const bool used = 64 * t + row < block.count;
         const int64_t at = statistics + view.Position(64 * t + row);
-        float log_sum_exp = 0, delta = 0, sum = 0;
-        if (used) log_sum_exp = args.log_sum_exp[at];
+        float delta = 0, sum = 0;
         if (used && !launch.first) delta = args.delta[at];
         if (used && launch.first && args.log_sum_exp_grad) delta = -args.log_sum_exp_grad[at];
-        if (!arrived) {
-          WaitBarrier(pipeline.OutputFull(), output.phase);
-          WaitBarrier(pipeline.Full(state.stage), state.phase);
-          arrived = true;
-        }
         if (launch.first && 64 * t < block.count) {
 #pragma unroll
           for (int i = 0; i < kValueDepth / 32; i++) {
@@ -259,11 +266,10 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
         if (threadIdx.x % 4 != 0) continue;
         delta = used ? delta + sum : 0;  // what is not in use may be anything
         if (launch.first && t < block.tile_stop && 64 * t + row < block.existing) args.delta[at] = delta;
-        to[row] = log_sum_exp;
         to[64 + row] = delta;
       }
       __syncwarp();
-      ArriveWarp(pipeline.StatisticsFull(slot));
+      ArriveWarp(pipeline.DeltasFull(slot));
       if (!launch.first) continue;
       ArriveWarp(pipeline.OutputEmpty());
       output.Next();
@@ -327,9 +333,9 @@ class BackwardMainloop {
       const bool reached = mask.Reaches(segment);
       float query_sum[kKeyDepth / 8][4];
       WaitBarrier(pipeline_.Full(state_.stage), state_.phase);
-      const auto wait_for_statistics = [&] {
-        WaitBarrier(pipeline_.StatisticsFull(visit % Pipeline::kSlots), visit / Pipeline::kSlots & 1);
-      };
+      const uint32_t slot = visit % Pipeline::kSlots, slot_phase = visit / Pipeline::kSlots & 1;
+      const auto wait_for_sums = [&] { WaitBarrier(pipeline_.SumsFull(slot), slot_phase); };
+      const auto wait_for_deltas = [&] { WaitBarrier(pipeline_.DeltasFull(slot), slot_phase); };
       if (args_.lengths && segment.count < 64) {
         ClearRows<kKeyDepth, 64>(queries, max(segment.count, 0), 64);
         ClearRows<kValueDepth, 64>(grads, max(segment.count, 0), 64);
@@ -338,7 +344,7 @@ class BackwardMainloop {
       if (reached) {
         WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kBackwardKeys, 64>(
             context, mask, segment, begin, block.end, keys, values, queries, grads, statistics, statistics + 64, key_sum, value_sum,
-            wait_for_statistics, [&](const auto& weights) {
+            wait_for_sums, wait_for_deltas, [&](const auto& weights) {
               const uint32_t score_grads = Uniform(pipeline_.ScoreGrads(warpgroup_));
               WaitForWarpgroup();  // the last product with the tile is done
               StoreWeights(score_grads, weights);
@@ -349,7 +355,7 @@ class BackwardMainloop {
             });
         FenceRegisters(query_sum);
       } else {
-        wait_for_statistics();  // whoever finds them has done with the stage
+        wait_for_deltas();  // whoever finds them has done with the stage
         Clear(query_sum);
       }
       __syncwarp();

@@ -106,13 +106,15 @@ __device__ inline void WarpgroupAddQueryGrad(const Context& context, const Mask&
 }
 
 // Adds a segment's queries to the key and value gradients of 64 keys, the former but for the factor scale. log_sum_exp and delta are the
-// queries', in shared memory, where they are once ready() returns. use(score_grads), with the scores' gradients as StoreWeights takes them,
-// is called while products are under way, and may issue more.
-template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask, typename Ready, typename Use>
+// queries', in shared memory, where they are once sums_ready() and deltas_ready() return. use(score_grads), with the scores' gradients as
+// StoreWeights takes them, is called while products are under way, and may issue more.
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, int kVisited, typename Mask, typename SumsReady, typename DeltasReady,
+          typename Use>
 __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& mask, const WarpgroupSegment& segment, int warpgroup_begin,
                                             int row_end, uint32_t key, uint32_t value, uint32_t query, uint32_t output_grad,
                                             const float* log_sum_exp, const float* delta, float (&key_sum)[kKeyDepth / 8][4],
-                                            float (&value_sum)[kValueDepth / 8][4], Ready ready, Use use) {
+                                            float (&value_sum)[kValueDepth / 8][4], SumsReady sums_ready, DeltasReady deltas_ready,
+                                            Use use) {
   float x[kStageRows / 8][4], y[kStageRows / 8][4];
   float2 sums[kStageRows / 8], deltas[kStageRows / 8];
   BeginProducts();
@@ -120,7 +122,7 @@ __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& 
   CommitProducts();
   MultiplyScores<T, kValueDepth, kRows, kVisited>(y, value, output_grad);
   CommitProducts();
-  ready();
+  sums_ready();
 #pragma unroll
   for (int b = 0; b < kStageRows / 8; b++) {
     sums[b] = *reinterpret_cast<const float2*>(log_sum_exp + 8 * b + 2 * (threadIdx.x % 4));
@@ -135,6 +137,7 @@ __device__ inline void WarpgroupAddKeyGrads(const Context& context, const Mask& 
   mask.Apply(context, segment, warpgroup_begin, row_end, [&](int b, int e) { x[b][e] = 0; });
   uint32_t p[kStageRows / 16][4];
   PackWeights<T>(p, x);
+  deltas_ready();
 #pragma unroll
   for (int b = 0; b < kStageRows / 8; b++) {
     deltas[b] = *reinterpret_cast<const float2*>(delta + 8 * b + 2 * (threadIdx.x % 4));

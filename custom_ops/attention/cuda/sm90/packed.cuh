@@ -222,7 +222,7 @@ __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kV
       }
       WarpgroupAddKeyGrads<T, kKeyDepth, kValueDepth, kRows, kRows>(
           context, mask, segment, key_begin, packs.rows, own_keys, own_values, queries + begin * KeyTile::kRowBytes,
-          grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum, [] {},
+          grads + begin * ValueTile::kRowBytes, log_sum_exps + begin, deltas + begin, key_sum, value_sum, [] {}, [] {},
           [&](const auto& weights) { StoreWeights(tile, weights); });
     }
     SyncWarpgroup();

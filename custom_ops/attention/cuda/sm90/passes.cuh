@@ -197,7 +197,7 @@ struct KeyGrad {
                            uint32_t value, uint32_t query, const float* statistics) {
     WarpgroupAddKeyGrads<T, kKey, kValue, Tile::kRows, kStageRows>(
         context, mask, segment, begin, end, key, value, query, query + Tile::kStageKeyBytes, statistics, statistics + kStageRows, key_sum,
-        value_sum, [] {}, [](const auto&) {});
+        value_sum, [] {}, [] {}, [](const auto&) {});
   }
 
   __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
