@@ -1,9 +1,9 @@
 """Draws what attention_gpu.py has measured: every row's share of its floor, ours beside the peers.
 
-    python benchmarks/attention_plot.py                                     # docs/attention_h100.svg
-    python benchmarks/attention_plot.py results/attention_h200.json a.svg   # of another file, to another
+    python benchmarks/attention_plot.py                    # docs/attention_h100.svg
+    python benchmarks/attention_plot.py a.svg a.json b.json   # to another file, of others
 
-Needs matplotlib.
+A peer that the first file lacks is taken from the next. Needs matplotlib.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 NAMES = {
     "stf": "stf",
-    "stf before": "stf, the release before",
+    "stf before": "stf, two passes backward",
     "sdpa transposed": "SDPA on the transposed sequence",
     "flex attention": "FlexAttention",
     "sdpa dense cudnn": "SDPA, dense causal, cuDNN",
@@ -32,14 +32,23 @@ def label(row):
     return f"{pattern}\nn = {n:,}, depth {depth}"
 
 
-def draw(source, target):
+def read(sources):
+    """The first file's results, with rows of further implementations from the others."""
+    results = [json.loads(pathlib.Path(source).read_text()) for source in sources]
+    rows = []
+    for result in results:
+        known = {row["implementation"] for row in rows}
+        rows += [row for row in result["rows"] if row["implementation"] not in known]
+    return results[0]["machine"], [row for row in rows if row["dtype"] == "torch.bfloat16"]
+
+
+def draw(sources, target):
     import matplotlib.patches
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    result = json.loads(pathlib.Path(source).read_text())
-    rows = [row for row in result["rows"] if row["dtype"] == "torch.bfloat16"]
+    machine, rows = read(sources)
     cases = list(dict.fromkeys((tuple(row["shape"]), row["pattern"]) for row in rows))
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.62 * len(cases) + 1.4), sharey=True, layout="constrained")
     for axis, which in zip(axes, ("forward", "forward+backward"), strict=True):
@@ -71,15 +80,17 @@ def draw(source, target):
     labels = [NAMES[name] for name in NAMES if name in used]
     patches = [matplotlib.patches.Patch(color=COLORS[list(NAMES).index(name)]) for name in NAMES if name in used]
     figure.legend(patches, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(f"Attention in bfloat16 on one {result['machine']}", fontsize=10)
+    figure.suptitle(f"Attention in bfloat16 on one {machine}", fontsize=10)
     figure.savefig(target, dpi=150, metadata={"Date": None})
 
 
 def main():
-    arguments = sys.argv[1:]
-    source = arguments[0] if arguments else HERE / "results" / "attention_h100.json"
-    target = arguments[1] if len(arguments) > 1 else HERE.parent / "docs" / (pathlib.Path(source).stem + ".svg")
-    draw(source, target)
+    target, *sources = sys.argv[1:] or [
+        HERE.parent / "docs" / "attention_h100.svg",
+        HERE / "results" / "attention_h100.json",
+        HERE / "results" / "attention_h100_flex.json",
+    ]
+    draw(sources, target)
     print(f"written: {target}")
 
 
