@@ -136,7 +136,9 @@ def check(
     with_sum_grad=True,
     scale=None,
     pad=0,
+    compared=None,
 ):
+    """Outputs and gradients, written twice, beside float64: of all sequences, or of those that are `compared`."""
     torch.manual_seed(n + sum(depths))
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = [[batch, n, heads, depth + pad] for depth in (depths[0], depths[0], depths[1], depths[1])]
@@ -153,7 +155,12 @@ def check(
         for x in padded:
             for row, length in zip(x, lengths.tolist(), strict=True):
                 row[length:] = torch.nan
-    ours = run(attention, *padded, sum_grad)
+    ours = whole = run(attention, *padded, sum_grad)
+    again = run(attention, *padded, sum_grad)
+    if compared is not None:
+        query, key, value, output_grad = (x[compared] for x in tensors)
+        ours = [x[compared] for x in ours]
+        sum_grad = None if sum_grad is None else sum_grad[compared]
     arguments = query, key, value, mask, lengths, scale
     exact = gradients(*arguments, torch.float64, output_grad, sum_grad)
     peers = [maths(*arguments, dtype, output_grad, sum_grad) for maths in (gradients, spelled_out)]
@@ -167,8 +174,7 @@ def check(
         for norm, most in ((torch.linalg.vector_norm, 2), (lambda e: e.abs().max(), 3)):
             error, *allowed = (norm(e).item() for e in errors)
             assert error <= max(most * max(allowed), rounding), f"{name}: error {error:.3g}, PyTorch's {allowed}"
-    again = run(attention, *padded, sum_grad)
-    for x, y in zip(ours, again, strict=True):
+    for x, y in zip(whole, again, strict=True):
         assert torch.equal(x, y), "another run gave other bits"
 
 
@@ -236,6 +242,14 @@ def test_backward_in_one_pass(case, dtype):
     pattern, n, depths = ONE_PASS[case]
     check(pattern(), n, dtype, depths)
     check(pattern(), n, dtype, depths, with_lengths=True, with_sum_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n", "batch"), [(Local(20) | Strided(4), 4600, 44), (Strided(3), 1536, 120)], ids=str
+)
+def test_blocks_of_threads_with_many_runs(pattern, n, batch):
+    """Statistics of one run's queries take the place of those of runs before, once nobody reads them any more."""
+    check(pattern, n, depths=(32, 32), batch=batch, compared=[0, batch // 2, batch - 1])
 
 
 @pytest.mark.parametrize(

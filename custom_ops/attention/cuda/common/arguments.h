@@ -96,8 +96,8 @@ struct alignas(64) TensorMap {
 // the launch's sequences are. Where some sequences have a position more than others, these `longer` first ones need a map of their own.
 struct Maps {
   TensorMap own[2][2], streamed[2][2];  // [tensor][whether of a longer sequence]: a block's own rows, and those that it visits
-  TensorMap output[2];                  // backward in one pass: outputs of rows that it visits
   TensorMap summary[2];                 // the latter, by position, a few at a time: a summary's columns
+  TensorMap output[2];                  // backward in one pass: outputs of rows that it visits
   int32_t own_rows, summary_rows;       // rows that are copied at a time
   int32_t longer;
 };

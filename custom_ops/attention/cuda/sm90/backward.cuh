@@ -57,7 +57,7 @@ struct BackwardPipeline {
       }
       for (int stage = 0; stage < 2; stage++) {
         InitBarrier(OwnFull(stage), 1);
-        InitBarrier(OwnEmpty(stage), kConsumers / 32 * kWarpArrivals);
+        InitBarrier(OwnEmpty(stage), (kConsumers / 32 + 3) * kWarpArrivals);  // the statistics' warps leave a block, too
       }
       InitBarrier(OutputFull(), 1);
       InitBarrier(OutputEmpty(), 3 * kWarpArrivals);
@@ -143,10 +143,9 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
   while (walk.Next(&block)) {
     const View view = block.ViewOf(launch);
     const int64_t statistics = StatisticsBase(args, block.batch, block.head);
-    // Whoever read what is written over here has left the key block before the last one. Consumers do not get past a block with a new tile
-    // without these warps, but past others they may, and past the phase that would be waited for.
-    if (block.tile_new < block.tile_end) WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
-    own.Next();
+    // Whoever read what is written over here has left the key block before the last one. These warps wait at every block, and all wait for
+    // them: so nobody is ever a phase and more away from the one that is waited for.
+    WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
     for (int t = block.tile_begin; t < block.tile_end; t++, state.Next()) {
       if (t < block.tile_new) continue;
       const int slot = (block.slot + t) % Pipeline::kSlots;
@@ -196,6 +195,9 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
       ArriveWarp(pipeline.OutputEmpty());
       output.Next();
     }
+    __syncwarp();
+    ArriveWarp(pipeline.OwnEmpty(own.stage));
+    own.Next();
   }
 }
 

@@ -208,14 +208,14 @@ struct Pipeline {
   }
 };
 
-// Registers are handed from the producer's warpgroup, of which one warp goes on, to the consumers.
-template <int kConsumerRegisters>
+// Registers are handed from the producer's warpgroup to the consumers.
+template <int kRegisters>
 __device__ inline void DeallocateRegisters() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-template <int kConsumerRegisters>
+template <int kRegisters>
 __device__ inline void AllocateRegisters() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // The producer warp. copy_own(work_tile, tile, barrier) and copy(work_tile, segment, tile, full) are called by lane 0, and by all lanes

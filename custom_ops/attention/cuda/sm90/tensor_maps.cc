@@ -100,7 +100,7 @@ int MapsOf(Pass pass, int key_depth, int value_depth, const Arguments& args, con
   static Cache<Maps, 4096> cache;  // 5 MiB
   const int summary_rows = SummaryRows(launch);
   Key key;
-  key.Add(args.query, args.key, args.value, args.output, args.output_grad)
+  key.Add(args.query, args.key, args.value, pass == kBackward ? args.output : stf_tensor{}, args.output_grad)
       .Add(args.batch, args.positions, args.heads, args.key_depth, args.value_depth, launch.stride, summary_rows, key_depth, value_depth,
            pass);
   return cache.Get(key, maps, [&](Maps* made) { return MakeMaps(pass, key_depth, value_depth, args, launch, summary_rows, made); });
