@@ -1,6 +1,6 @@
 """Draws what attention_gpu.py has measured: every row's share of its floor, ours beside the peers.
 
-    python benchmarks/attention_plot.py                    # docs/attention_h100.svg
+    python benchmarks/attention_plot.py                       # docs/attention_h100.svg
     python benchmarks/attention_plot.py a.svg a.json b.json   # to another file, of others
 
 A peer that the first file lacks is taken from the next. Needs matplotlib.
@@ -14,7 +14,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 NAMES = {
     "stf": "stf",
-    "stf before": "stf, two passes backward",
+    "stf before": "stf before",
     "sdpa transposed": "SDPA on the transposed sequence",
     "flex attention": "FlexAttention",
     "sdpa dense cudnn": "SDPA, dense causal, cuDNN",

@@ -4,6 +4,7 @@
 
 #include "custom_ops/attention/cuda/common/rows.cuh"
 #include "custom_ops/attention/cuda/common/scheduler.cuh"
+#include "custom_ops/attention/cuda/common/softmax.cuh"
 
 namespace stf {
 namespace cuda {
@@ -90,6 +91,42 @@ __device__ inline void StoreGradient(float (&sum)[kDepth / 8][4], T* const (&row
   if (!last) {
     EachPartial<T, kDepth>(sum, partial, depth, vector, [](float2& x, float2& y) { y = x; });
   }
+}
+
+// The thread's two rows of gradients at two positions; negative: none.
+template <typename T>
+struct GradientRows {
+  T* rows[2];
+  float* partial[2];
+
+  __device__ GradientRows(const stf_tensor& tensor, const stf_tensor& partials, int batch, int head, const int (&positions)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      rows[r] = positions[r] < 0 ? nullptr : RowOf<T>(tensor, batch, head, positions[r]);
+      partial[r] = positions[r] < 0 ? nullptr : RowOf<float>(partials, batch, head, positions[r]);
+    }
+  }
+};
+
+// Query gradients at two positions, but for the factor scale.
+template <typename T, int kDepth>
+__device__ inline void StoreQueryGradients(float (&sum)[kDepth / 8][4], const Arguments& args, const Launch& launch, int batch, int head,
+                                           const int (&positions)[2]) {
+  Scale(sum, args.scale);
+  const GradientRows<T> to(args.query_grad, args.query_partial, batch, head, positions);
+  StoreGradient<T, kDepth>(sum, to.rows, to.partial, args.key_depth, true, launch.first, launch.last, launch.last);
+}
+
+// Key gradients, but for the factor scale, and value gradients.
+template <typename T, int kKeyDepth, int kValueDepth>
+__device__ inline void StoreKeyGradients(float (&key_sum)[kKeyDepth / 8][4], float (&value_sum)[kValueDepth / 8][4], const Arguments& args,
+                                         const Launch& launch, int batch, int head, const int (&positions)[2]) {
+  Scale(key_sum, args.scale);
+  const GradientRows<T> keys(args.key_grad, args.key_partial, batch, head, positions);
+  StoreGradient<T, kKeyDepth>(key_sum, keys.rows, keys.partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);
+  const GradientRows<T> values(args.value_grad, args.value_partial, batch, head, positions);
+  StoreGradient<T, kValueDepth>(value_sum, values.rows, values.partial, args.value_depth, true, launch.key_first, launch.key_last,
+                                launch.key_write);
 }
 
 }  // namespace cuda

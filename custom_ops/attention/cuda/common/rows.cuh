@@ -117,16 +117,9 @@ struct Sums {
     const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      if (vector && kDepth % 32 != 0) {  // too few columns to exchange
-        if (!rows[r]) continue;
+      if (vector) {
 #pragma unroll
-        for (int b = 0; b < kDepth / 8; b++) {
-          const int column = Matrix<T>::Column(b, 0);
-          if (column < depth) *reinterpret_cast<uint32_t*>(rows[r] + column) = Pack(sum[b][2 * r], sum[b][2 * r + 1], T());
-        }
-      } else if (vector) {
-#pragma unroll
-        for (int b = 0; b + 3 < kDepth / 8; b += 4) {
+        for (int b = 0; b < kDepth / 8; b += 4) {
           uint32_t x[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) x[i] = Pack(sum[b + i][2 * r], sum[b + i][2 * r + 1], T());

@@ -289,7 +289,11 @@ class BackwardMainloop {
     }
     __syncwarp();
     ArriveWarp(pipeline_.OwnEmpty(own_.stage));
-    if (block.keys) StoreKeys(block, view, begin, key_sum, value_sum);
+    if (!block.keys) return;
+    const auto position = [&](int row) { return row < block.end ? view.Position(row) : -1; };
+    const int row = begin + LaneRow();
+    StoreKeyGradients<T, kKeyDepth, kValueDepth>(key_sum, value_sum, args_, launch_, block.batch, block.head,
+                                                 {position(row), position(row + 8)});
   }
 
   // Adds to what waits for further keys of a tile, or, with the last of them, writes what has come together.
@@ -317,36 +321,9 @@ class BackwardMainloop {
     ArriveWarp(pipeline_.Added(warpgroup_));
     phase_ ^= 1;
     if (!last) return;
-    T* rows[2];
-    float* partial[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = 64 * t + LaneRow() + 8 * r, position = view.Position(row);
-      rows[r] = row < block.existing ? RowOf<T>(args_.query_grad, block.batch, block.head, position) : nullptr;
-      partial[r] = row < block.existing ? RowOf<float>(args_.query_partial, block.batch, block.head, position) : nullptr;
-    }
-    Scale(sum, args_.scale);
-    StoreGradient<T, kKeyDepth>(sum, rows, partial, args_.key_depth, true, launch_.first, launch_.last, launch_.last);
-  }
-
-  __device__ void StoreKeys(const KeyBlock& block, const View& view, int begin, float (&key_sum)[kKeyDepth / 8][4],
-                            float (&value_sum)[kValueDepth / 8][4]) {
-    T* rows[2];
-    float* partial[2];
-    auto find_rows = [&](const stf_tensor& tensor, const stf_tensor& partials) {
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = begin + LaneRow() + 8 * r, position = view.Position(row);
-        rows[r] = row < block.end ? RowOf<T>(tensor, block.batch, block.head, position) : nullptr;
-        partial[r] = row < block.end ? RowOf<float>(partials, block.batch, block.head, position) : nullptr;
-      }
-    };
-    Scale(key_sum, args_.scale);
-    find_rows(args_.key_grad, args_.key_partial);
-    StoreGradient<T, kKeyDepth>(key_sum, rows, partial, args_.key_depth, true, launch_.key_first, launch_.key_last, launch_.key_write);
-    find_rows(args_.value_grad, args_.value_partial);
-    StoreGradient<T, kValueDepth>(value_sum, rows, partial, args_.value_depth, true, launch_.key_first, launch_.key_last,
-                                  launch_.key_write);
+    const auto position = [&](int row) { return row < block.existing ? view.Position(row) : -1; };
+    const int row = 64 * t + LaneRow();
+    StoreQueryGradients<T, kKeyDepth>(sum, args_, launch_, block.batch, block.head, {position(row), position(row + 8)});
   }
 
   __device__ static int LaneRow() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }

@@ -190,22 +190,11 @@ __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kV
   const View view = {0, 1, packs.rows};
   const Context context = {args, work.components, view};
   const Component* const component = work.components.components + (__ffsll(work.components.members) - 1);
-  T* rows[2];
-  float* partial[2];
-  int positions[2];
-  auto find_rows = [&](const stf_tensor& tensor, const stf_tensor& partials) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      rows[r] = positions[r] < 0 ? nullptr : RowOf<T>(tensor, work.batch, work.head, positions[r]);
-      partial[r] = positions[r] < 0 ? nullptr : RowOf<float>(partials, work.batch, work.head, positions[r]);
-    }
-  };
 #pragma unroll
   for (int key_begin = 0; key_begin < kRows; key_begin += 64) {
     if (key_begin >= packs.rows) break;
     const int row = key_begin + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int r = 0; r < 2; r++) positions[r] = packs.Position(launch, row + 8 * r, args.positions);
+    const int positions[2] = {packs.Position(launch, row, args.positions), packs.Position(launch, row + 8, args.positions)};
     const uint32_t own_keys = keys + key_begin * KeyTile::kRowBytes, own_values = values + key_begin * ValueTile::kRowBytes;
     float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
     Clear(key_sum);
@@ -234,14 +223,8 @@ __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kV
     WaitForProducts();
     FenceRegisters(query_sum);
     if (kRows > 64) WaitForWarpgroup();  // before the next keys' come
-    Scale(query_sum, args.scale);
-    find_rows(args.query_grad, args.query_partial);
-    StoreGradient<T, kKeyDepth>(query_sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
-    Scale(key_sum, args.scale);
-    find_rows(args.key_grad, args.key_partial);
-    StoreGradient<T, kKeyDepth>(key_sum, rows, partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);
-    find_rows(args.value_grad, args.value_partial);
-    StoreGradient<T, kValueDepth>(value_sum, rows, partial, args.value_depth, true, launch.key_first, launch.key_last, launch.key_write);
+    StoreQueryGradients<T, kKeyDepth>(query_sum, args, launch, work.batch, work.head, positions);
+    StoreKeyGradients<T, kKeyDepth, kValueDepth>(key_sum, value_sum, args, launch, work.batch, work.head, positions);
   }
 #endif
 }

@@ -131,16 +131,8 @@ struct QueryGrad {
   }
 
   __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
-    T* rows[2];
-    float* partial[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = first_row + 8 * r, position = view.Position(row);
-      rows[r] = row < work_tile.existing ? RowOf<T>(args.query_grad, work_tile.batch, work_tile.head, position) : nullptr;
-      partial[r] = row < work_tile.existing ? RowOf<float>(args.query_partial, work_tile.batch, work_tile.head, position) : nullptr;
-    }
-    Scale(sum, args.scale);
-    StoreGradient<T, kKey>(sum, rows, partial, args.key_depth, true, launch.first, launch.last, launch.last);
+    const auto position = [&](int row) { return row < work_tile.existing ? view.Position(row) : -1; };
+    StoreQueryGradients<T, kKey>(sum, args, launch, work_tile.batch, work_tile.head, {position(first_row), position(first_row + 8)});
   }
 };
 
@@ -202,21 +194,9 @@ struct KeyGrad {
 
   __device__ void Epilogue(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
     const Component numbering = work_tile.Numbering(launch);
-    T* rows[2];
-    float* partial[2];
-    auto find_rows = [&](const stf_tensor& grads, const stf_tensor& partials) {
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = first_row + 8 * r, position = KeyPosition(numbering, view, row);
-        rows[r] = row < work_tile.end ? RowOf<T>(grads, work_tile.batch, work_tile.head, position) : nullptr;
-        partial[r] = row < work_tile.end ? RowOf<float>(partials, work_tile.batch, work_tile.head, position) : nullptr;
-      }
-    };
-    Scale(key_sum, args.scale);
-    find_rows(args.key_grad, args.key_partial);
-    StoreGradient<T, kKey>(key_sum, rows, partial, args.key_depth, true, launch.key_first, launch.key_last, launch.key_write);
-    find_rows(args.value_grad, args.value_partial);
-    StoreGradient<T, kValue>(value_sum, rows, partial, args.value_depth, true, launch.key_first, launch.key_last, launch.key_write);
+    const auto position = [&](int row) { return row < work_tile.end ? KeyPosition(numbering, view, row) : -1; };
+    StoreKeyGradients<T, kKey, kValue>(key_sum, value_sum, args, launch, work_tile.batch, work_tile.head,
+                                       {position(first_row), position(first_row + 8)});
   }
 };
 

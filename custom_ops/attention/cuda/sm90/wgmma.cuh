@@ -1,7 +1,7 @@
 // The matrix products of attention for a warpgroup, 64 rows at a time, on Hopper's asynchronous tensor cores (wgmma):
-//   MultiplyScores:      sum[64, kColumns] (+)= A[64, depth] * B[kColumns, depth]^T, both in shared memory
+//   MultiplyScores:      sum[64, kColumns] = A[64, depth] * B[kColumns, depth]^T, both in shared memory
 //   MultiplyWeighted:    sum[64, depth] += P[64, kRows] * B[kRows, depth], P in registers
-//   MultiplyTransposed:  sum[64, columns] (+)= P[64, 64]^T * B[64, columns], both in shared memory (P by StoreWeights)
+//   MultiplyTransposed:  sum[64, depth] (+)= P[64, 64]^T * B[64, depth], both in shared memory (P by StoreWeights)
 // Halves only, sm_90a only; for all else see common/mma.cuh, whose accumulators these share: a warp's are rows 16 * warp on.
 //
 // A tile lies in shared memory in panels of 64 columns (32 where the depth is 32), a panel's rows one after another, and in every row the
@@ -48,12 +48,10 @@ __device__ inline uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); 
 __device__ inline void FenceShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #define STF_REGISTERS4(x, b) "+f"(x[b][0]), "+f"(x[b][1]), "+f"(x[b][2]), "+f"(x[b][3])
-#define STF_REGISTERS8(x, b) STF_REGISTERS4(x, b), STF_REGISTERS4(x, b + 1)
 #define STF_REGISTERS16(x, b) STF_REGISTERS4(x, b), STF_REGISTERS4(x, b + 1), STF_REGISTERS4(x, b + 2), STF_REGISTERS4(x, b + 3)
 #define STF_REGISTERS32(x, b) STF_REGISTERS16(x, b), STF_REGISTERS16(x, b + 4)
 #define STF_REGISTERS64(x, b) STF_REGISTERS32(x, b), STF_REGISTERS32(x, b + 8)
-#define STF_NAMES8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define STF_NAMES16 STF_NAMES8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define STF_NAMES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define STF_NAMES32 STF_NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define STF_NAMES64                                                                                               \
   STF_NAMES32                                                                                                     \
@@ -80,17 +78,14 @@ __device__ inline void FenceShared() { asm volatile("fence.proxy.async.shared::c
 template <typename T, int kTransposed, int kBlocks>
 __device__ inline void IssueShared(float (&sum)[kBlocks][4], uint64_t a, uint64_t b, int accumulate) {
   constexpr bool kBrain = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (kBlocks == 2) {
-    if constexpr (kBrain) STF_SHARED("16", STF_NAMES8, STF_REGISTERS8(sum, 0), "bf16", "%8", "%9", "%10", "%11");
-    if constexpr (!kBrain) STF_SHARED("16", STF_NAMES8, STF_REGISTERS8(sum, 0), "f16", "%8", "%9", "%10", "%11");
-  } else if constexpr (kBlocks == 4) {
+  if constexpr (kBlocks == 4) {
     if constexpr (kBrain) STF_SHARED("32", STF_NAMES16, STF_REGISTERS16(sum, 0), "bf16", "%16", "%17", "%18", "%19");
     if constexpr (!kBrain) STF_SHARED("32", STF_NAMES16, STF_REGISTERS16(sum, 0), "f16", "%16", "%17", "%18", "%19");
   } else if constexpr (kBlocks == 8) {
     if constexpr (kBrain) STF_SHARED("64", STF_NAMES32, STF_REGISTERS32(sum, 0), "bf16", "%32", "%33", "%34", "%35");
     if constexpr (!kBrain) STF_SHARED("64", STF_NAMES32, STF_REGISTERS32(sum, 0), "f16", "%32", "%33", "%34", "%35");
   } else {
-    static_assert(kBlocks == 16, "16, 32, 64 or 128 columns");
+    static_assert(kBlocks == 16, "32, 64 or 128 columns");
     if constexpr (kBrain) STF_SHARED("128", STF_NAMES64, STF_REGISTERS64(sum, 0), "bf16", "%64", "%65", "%66", "%67");
     if constexpr (!kBrain) STF_SHARED("128", STF_NAMES64, STF_REGISTERS64(sum, 0), "f16", "%64", "%65", "%66", "%67");
   }
@@ -114,11 +109,9 @@ __device__ inline void IssueWeighted(float (&sum)[kBlocks][4], const uint32_t (&
 }
 
 #undef STF_REGISTERS4
-#undef STF_REGISTERS8
 #undef STF_REGISTERS16
 #undef STF_REGISTERS32
 #undef STF_REGISTERS64
-#undef STF_NAMES8
 #undef STF_NAMES16
 #undef STF_NAMES32
 #undef STF_NAMES64
@@ -144,8 +137,8 @@ __device__ inline void FenceRegisters(float (&sum)[kBlocks][4]) {
   }
 }
 
-// a: the address of 64 rows in a tile of kRowsA; b: that of 8 * kBlocks rows in a tile of kRowsB. Adds to `sum` where kAdd.
-template <typename T, int kDepth, int kRowsA, int kRowsB, bool kAdd = false, int kBlocks>
+// a: the address of 64 rows in a tile of kRowsA; b: that of 8 * kBlocks rows in a tile of kRowsB.
+template <typename T, int kDepth, int kRowsA, int kRowsB, int kBlocks>
 __device__ inline void MultiplyScores(float (&sum)[kBlocks][4], uint32_t a, uint32_t b) {
   using A = SharedTile<kDepth, kRowsA>;
   using B = SharedTile<kDepth, kRowsB>;
@@ -153,7 +146,7 @@ __device__ inline void MultiplyScores(float (&sum)[kBlocks][4], uint32_t a, uint
   for (int k = 0; k < kDepth / 16; k++) {
     const int panel = 2 * k / A::kRowChunks, within = 2 * k % A::kRowChunks * 16;
     IssueShared<T, 0>(sum, Describe<kDepth, kRowsA>(a, panel * A::kPanel + within), Describe<kDepth, kRowsB>(b, panel * B::kPanel + within),
-                      kAdd || k > 0);
+                      k > 0);
   }
 }
 
@@ -166,9 +159,9 @@ __device__ inline void MultiplyWeighted(float (&sum)[kDepth / 8][4], const uint3
   }
 }
 
-// p: the address of a tile of 64 rows and columns; b: that of as many rows in a tile of kRows, from a column on. Adds to `sum` where `add`.
-template <typename T, int kDepth, int kRows, int kBlocks>
-__device__ inline void MultiplyTransposed(float (&sum)[kBlocks][4], uint32_t p, uint32_t b, bool add) {
+// p: the address of a tile of 64 rows and columns; b: that of as many rows in a tile of kRows. Adds to `sum` where `add`.
+template <typename T, int kDepth, int kRows>
+__device__ inline void MultiplyTransposed(float (&sum)[kDepth / 8][4], uint32_t p, uint32_t b, bool add) {
 #pragma unroll
   for (int k = 0; k < 64 / 16; k++) {
     IssueShared<T, 1>(sum, Describe<64, 64>(p, 2 * k * SharedTile<64, 64>::kEight),
