@@ -3,6 +3,7 @@
     python benchmarks/attention_gpu.py                         # the table, and benchmarks/results/attention_h100.json
     python benchmarks/attention_gpu.py --only=local --peers=   # rows whose pattern has the word, ours alone
     python benchmarks/attention_gpu.py --before=before.so      # beside another build of the kernels, in the same run
+    python benchmarks/attention_gpu.py --generic               # beside the kernels that every card runs (sm80)
     python benchmarks/attention_plot.py                        # docs/attention_h100.svg from the JSON
 
 Cold L2 (a large buffer is read before each call), device events, medians; results are checked first. The floor of a row
@@ -99,11 +100,15 @@ def inputs(shape, dtype):
     return [torch.randn(batch, n, heads, depth, device="cuda").to(dtype) for depth in depths]
 
 
-def use_library(path):
-    """Has the kernels come from a library that is built already, or from the sources where that is None."""
+def use_library(path, kernels=""):
+    """Has the kernels come from a library that is built already, or from the sources where that is None.
+
+    kernels: "sm80" for those that every card runs, "" for the card's best.
+    """
     os.environ.pop("STF_CUDA_LIBRARY", None)
     if path:
         os.environ["STF_CUDA_LIBRARY"] = str(pathlib.Path(path).resolve())
+    os.environ["STF_CUDA_KERNELS"] = kernels
     torch_binding.load.cache_clear()
 
 
@@ -299,7 +304,7 @@ def measure(shape, pattern, dtype, timer, matmul, copy, chosen, libraries):
 
     rows = []
     for name, library in libraries.items():
-        use_library(library)
+        use_library(*library)
         calls, results, workspace, host = ours(pattern, *arrays)
         for x in results:
             x.fill_(torch.nan)
@@ -344,12 +349,15 @@ def main():
     parser.add_argument("--peers", default="sdpa,flex", help="which peers to run beside ours")
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--before", help="another build of the kernels, measured beside")
+    parser.add_argument("--generic", action="store_true", help="beside the kernels that every card runs, too")
     parser.add_argument("--output", help="the JSON; benchmarks/results/attention_<card>.json where not given")
     options = parser.parse_args()
     card = torch.cuda.get_device_name().split()[1].lower()
     output = options.output or str(HERE / "results" / f"attention_{card}.json")
-    libraries = {"stf before": options.before} if options.before else {}
-    libraries["stf"] = os.environ.get("STF_CUDA_LIBRARY")
+    built = os.environ.get("STF_CUDA_LIBRARY")
+    libraries = {"stf before": (options.before,)} if options.before else {}
+    libraries |= {"stf sm80": (built, "sm80")} if options.generic else {}
+    libraries["stf"] = (built,)
     timer = Timer()
     matmul, copy = rates(timer)
     print(

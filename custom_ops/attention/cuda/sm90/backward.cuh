@@ -153,23 +153,25 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
       const uint32_t outputs = pipeline.Output(), grads = pipeline.Stage(state.stage) + Pipeline::kTile.stage_key_bytes;
       for (int row = threadIdx.x % 32 + 32 * warp; row < 64; row += 96) {
         const bool used = 64 * t + row < block.count;
-        to[row] = used ? args.log_sum_exp[statistics + view.Position(64 * t + row)] : 0;
+        const int64_t at = statistics + view.Position(64 * t + row);
+        to[row] = used ? args.log_sum_exp[at] : 0;
+        if (!launch.first) to[64 + row] = used ? args.delta[at] : 0;
       }
       __syncwarp();
       ArriveWarp(pipeline.SumsFull(slot));
-      if (launch.first) {
-        WaitBarrier(pipeline.OutputFull(), output.phase);
-        WaitBarrier(pipeline.Full(state.stage), state.phase);
+      if (!launch.first) {
+        ArriveWarp(pipeline.DeltasFull(slot));
+        continue;
       }
+      WaitBarrier(pipeline.OutputFull(), output.phase);
+      WaitBarrier(pipeline.Full(state.stage), state.phase);
 #pragma unroll 1
       for (int begin = 8 * warp; begin < 64; begin += 24) {
         const int row = begin + threadIdx.x % 32 / 4;
         const bool used = 64 * t + row < block.count;
         const int64_t at = statistics + view.Position(64 * t + row);
-        float delta = 0, sum = 0;
-        if (used && !launch.first) delta = args.delta[at];
-        if (used && launch.first && args.log_sum_exp_grad) delta = -args.log_sum_exp_grad[at];
-        if (launch.first && 64 * t < block.count) {
+        float delta = used && args.log_sum_exp_grad ? -args.log_sum_exp_grad[at] : 0, sum = 0;
+        if (64 * t < block.count) {
 #pragma unroll
           for (int i = 0; i < kValueDepth / 32; i++) {
             const int offset = ValueTile::Offset(used ? row : 0, threadIdx.x % 4 + 4 * i);
@@ -186,12 +188,11 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
         }
         if (threadIdx.x % 4 != 0) continue;
         delta = used ? delta + sum : 0;  // what is not in use may be anything
-        if (launch.first && t < block.tile_stop && 64 * t + row < block.existing) args.delta[at] = delta;
+        if (t < block.tile_stop && 64 * t + row < block.existing) args.delta[at] = delta;
         to[64 + row] = delta;
       }
       __syncwarp();
       ArriveWarp(pipeline.DeltasFull(slot));
-      if (!launch.first) continue;
       ArriveWarp(pipeline.OutputEmpty());
       output.Next();
     }

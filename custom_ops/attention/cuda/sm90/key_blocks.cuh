@@ -41,7 +41,8 @@ class KeyBlockWalk {
       block->first = index * kBackwardKeys;
       block->end = last + 1;
       block->tile_begin = max(index, run_) * (kBackwardKeys / 64);
-      block->tile_end = max((reached + 63) / 64, (last + 64) / 64);  // the keys' own positions always: those are written here
+      block->tile_end = max((reached + 63) / 64, (last + 64) / 64);                // the keys' own positions always: those are written here
+      if (index < run_) block->tile_end = min(block->tile_end, block->tile_stop);  // of the run before: nothing else is wanted of it
       if (block->tile_end <= block->tile_begin) continue;
       block->tile_new = seen_;
       block->keys = index >= run_;
