@@ -69,7 +69,7 @@ $(VENV)/installed: setup.py pyproject.toml $(VENV)/dependencies | $(LIBRARY)
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(INSTALLED)/made: setup.py pyproject.toml $(shell find stf -name '*.py') $(VENV)/dependencies $(LIBRARY)
+$(INSTALLED)/made: setup.py pyproject.toml stf_command.py $(shell find stf examples -name '*.py') $(VENV)/dependencies $(LIBRARY)
 	rm -rf $(INSTALLED)
 	$(PIP) install --no-build-isolation --no-deps --no-index --target $(INSTALLED) .
 	touch $@

@@ -11,9 +11,11 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "custom_ops"))
 import build as op_library  # noqa: E402
 
+ROOT = pathlib.Path(__file__).resolve().parent
+
 
 class BuildPy(build_py):
-    """Python files, and the op library beside them."""
+    """Python files, the op library beside them, and the programs that the command `stf` runs."""
 
     def run(self):
         built = op_library.build()
@@ -26,6 +28,7 @@ class BuildPy(build_py):
         target.mkdir(parents=True, exist_ok=True)
         for path in built:
             shutil.copy2(path, target)
+        shutil.copytree(ROOT / "examples", target.parent / "examples", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 class PlatformWheel(bdist_wheel):

@@ -13,6 +13,8 @@ import zipfile
 
 import pytest
 
+import stf_command
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPS = ROOT / "stf" / "ops"
 
@@ -137,7 +139,36 @@ def test_wheel_is_for_this_platform(wheel):
     assert re.fullmatch(r"stf-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {"stf/ops/libstf_ops.so", "stf/ops/built_for.json", "stf/patterns/__init__.py"} <= set(names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"stf"}
+    assert {f"stf/examples/{path.name}" for path in (ROOT / "examples").glob("*.py")} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"stf", "stf_command.py"}
+
+
+def test_the_command_runs_without_the_source_tree(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
+
+    def command(*arguments):
+        return run("-m", "stf_command", *arguments, cwd=tmp_path, **environment)
+
+    assert command("version").stdout.split() == [wheel.name.split("-")[1]]
+    assert command("presets").stdout.startswith("preset")
+    helped = command("train", "cifar10", "--help")
+    assert "--resume" in helped.stdout and "--data_dir" in helped.stdout, helped.stderr
+    made = command(
+        "train", "cifar10", "--steps=2", "--batch_size=2", "--validation_images=2", "--test_images=2", "--samples=1",
+        f"--run_dir={tmp_path / 'run'}", f"--data_dir={tmp_path / 'nothing'}",
+    )  # fmt: skip
+    assert made.returncode == 1 and "--data_dir" in made.stderr
+    assert str(ROOT) not in helped.stdout + made.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [((), "stf train"), (("fly",), "Received: fly"), (("train", "x"), "Received: x")]
+)
+def test_what_the_command_does_not_know_is_said(arguments, said, capsys):
+    code = stf_command.main(arguments)
+    spoken = capsys.readouterr()
+    assert said in spoken.out + spoken.err and code == (2 if arguments else 0)
 
 
 USE_OP = """

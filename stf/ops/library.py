@@ -1,5 +1,6 @@
 """Finds and loads the op library, once, when an op is first called."""
 
+import ctypes
 import functools
 import json
 import pathlib
@@ -29,7 +30,7 @@ def load():
     path = library_path()
     if not path.exists():
         raise LibraryNotFoundError(f"stf's op library is missing: no file {path}. {BUILD}.")
-    version = _built_for()["tensorflow"]
+    version = built_for()["tensorflow"]
     if version != tf.__version__:
         raise LibraryNotFoundError(
             f"stf's op library {path} was built for TensorFlow {version}, and this is "
@@ -54,11 +55,23 @@ def load():
 @functools.cache
 def has_cuda():
     """Whether the library that `load` loads has kernels for NVIDIA GPUs."""
-    return bool(_built_for()["cuda"])
+    return bool(built_for()["cuda"])
 
 
-def _built_for():
-    """What the library was built for: the version of TensorFlow, the GPU architectures."""
+def cpu_isa():
+    """The instruction set that the CPU kernels run with here: "avx512", "avx2" or "generic"."""
+    load()
+    name = ctypes.CDLL(str(library_path())).stf_ops_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def built_for():
+    """What the library was built for: the version of TensorFlow, the GPU architectures.
+
+    Raises:
+        LibraryNotFoundError: nothing says so, or nothing that can be read.
+    """
     path = FOLDER / "built_for.json"
     try:
         return {"cuda": (), **json.loads(path.read_text())}
