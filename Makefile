@@ -4,6 +4,7 @@
 #   make test                                              what .ci/run runs
 #   make test-all                                          every test, the slow sweeps too
 #   make test-gpu                                          the tests that need an NVIDIA GPU
+#   make docs                                              the site, in build/site
 #   make lint, make format, make lib, make check-cuda, make wheel, make clean
 #
 # The op library is built for what this machine can run, with CUDA kernels where it has a GPU (custom_ops/build.py); a wheel has
@@ -37,7 +38,7 @@ ARGS ?=
 INSTALLED := build/installed
 WITH_WHEEL := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(INSTALLED) STF_TESTED=$(CURDIR)/$(INSTALLED)
 
-.PHONY: setup train test test-all test-gpu browser lint format lib check-cuda wheel clean
+.PHONY: docs setup train test test-all test-gpu browser lint format lib check-cuda wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -73,6 +74,15 @@ $(INSTALLED)/made: setup.py pyproject.toml stf_command.py $(shell find stf examp
 	rm -rf $(INSTALLED)
 	$(PIP) install --no-build-isolation --no-deps --no-index --target $(INSTALLED) .
 	touch $@
+
+# The site. Its generator has an environment of its own; it reads docstrings without importing anything.
+$(VENV)/docs/installed: requirements-docs.lock | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip --quiet --disable-pip-version-check install -r requirements-docs.lock
+	touch $@
+
+docs: $(VENV)/docs/installed
+	$(VENV)/docs/bin/zensical build --strict
 
 train: setup $(LIBRARY)
 	$(BIN)/python examples/train_cifar10.py $(ARGS)

@@ -181,7 +181,7 @@ def growth(result, output):
             result["growth"].append(row)
             print(f"{name:26}{length:8,}{row['ms']:9.3f} ms{row['floor_ms']:9.3f} floor", flush=True)
             output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, output.with_suffix(".png"))
+    draw(result, HERE.parent / "docs" / f"{output.stem}.svg")
 
 
 def draw(result, path):
@@ -205,7 +205,8 @@ def draw(result, path):
     axis.grid(alpha=0.3)
     axis.legend()
     axis.set_title(f"A token at the end of a sequence: two blocks, 4 heads, d 256, {result['device']}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
+    print(f"written: {path}")
 
 
 def main():
@@ -227,7 +228,7 @@ def main():
     if output.exists():  # the other half of an earlier run stays
         result |= json.loads(output.read_text())
     if options.draw:
-        return draw(result, output.with_suffix(".png"))
+        return draw(result, HERE.parent / "docs" / f"{output.stem}.svg")
     result |= {
         "device": device,
         "gpu": bool(gpus),

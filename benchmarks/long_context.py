@@ -89,7 +89,8 @@ def draw(result, path):
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"One sequence a step, everything recomputed, bfloat16, on one {result['device']}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
+    print(f"written: {path}")
 
 
 def main():
@@ -102,7 +103,7 @@ def main():
     options = parser.parse_args()
     output = pathlib.Path(options.output)
     if options.draw:
-        return draw(json.loads(output.read_text()), output.with_suffix(".png"))
+        return draw(json.loads(output.read_text()), HERE.parent / "docs" / f"{output.stem}.svg")
     rates = train_step.run_child(train_step.__file__, "--rates")
     if "error" in rates:
         sys.exit(f"no rates: {rates['error']}")

@@ -1,4 +1,4 @@
-"""What is built and installed: the library beside stf, the pins, the wheel, and the README's snippets."""
+"""What is built and installed: the library beside stf, the pins, the wheel, the command."""
 
 import importlib.metadata
 import importlib.util
@@ -217,25 +217,3 @@ def test_version_is_the_same_everywhere():
 
     assert stf.__version__ == importlib.metadata.version("stf")
     assert f"## {stf.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def run_snippets(page, count):
-    """Runs the Python of a page, one snippet after another; returns its names."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert len(snippets) == count
-    names = {}
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec"), names)
-    return names
-
-
-def test_readme_snippets_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names = run_snippets("README.md", 3)
-    assert names["output"].shape == names["query"].shape
-    assert names["completed"].shape == (2, 256)
-
-
-def test_snippets_about_generation_run():
-    names = run_snippets("docs/generation.md", 2)
-    assert names["sampler"].tokens.shape == (2, 96)

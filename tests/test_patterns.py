@@ -1,9 +1,6 @@
 """Patterns: their sets against the paper's, counts, costs, reach and refusals."""
 
-import doctest
-import importlib
 import math
-import pkgutil
 
 import numpy as np
 import paper_sets
@@ -247,9 +244,3 @@ def test_refusals_name_the_argument(make, message):
 def test_or_refuses_what_is_not_a_pattern():
     with pytest.raises(TypeError):
         Causal() | 3
-
-
-@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(patterns.__path__, "stf.patterns.")])
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(importlib.import_module(module), extraglobs=vars(patterns))
-    assert result.failed == 0

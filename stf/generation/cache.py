@@ -25,7 +25,7 @@ class KeyValueCache:
     | summary, c columns of l | c n / l | c n / l |
     | block layout | the most that rows still ask for at a time | the most blocks of a row |
 
-    Example:
+    Examples:
         >>> cache = stf.generation.KeyValueCache(stf.patterns.Local(2), num_heads=1, length=8, key_dim=4, value_dim=4)
         >>> state = cache.zeros(batch_size=1)
         >>> query = key = value = tf.ones([1, 1, 4])

@@ -17,10 +17,14 @@ class Sampler:
     drawn stays when drawing is interrupted, and the next call goes on; a new sampler goes on from another's `tokens` as
     a prefix (in another process too), to rounding.
 
-    Example:
+    Examples:
+        >>> patterns = [stf.patterns.Local(8), stf.patterns.Strided(8)]
+        >>> model = stf.models.SparseTransformer(64, (8, 8), patterns, num_blocks=2, num_heads=2, model_dim=16)
         >>> sampler = stf.generation.Sampler(model, batch_size=2, seed=1)
         >>> while not sampler.done:
-        ...     show(sampler.draw(100))
+        ...     print(sampler.draw(32).shape)
+        (2, 32)
+        (2, 32)
 
     Args:
         model: a `SparseTransformer`.

@@ -22,11 +22,10 @@ class SparseAttention(keras.layers.Layer):
     There is no dropout inside attention (Section 5.4). In float64, and where the scores are asked
     for, attention is dense, for short sequences.
 
-    Example:
-
-    >>> layer = SparseAttention(num_heads=2, key_dim=16, pattern=stf.patterns.Local(32))
-    >>> layer(tf.zeros([1, 1024, 64])).shape
-    TensorShape([1, 1024, 64])
+    Examples:
+        >>> layer = stf.layers.SparseAttention(num_heads=2, key_dim=16, pattern=stf.patterns.Local(32))
+        >>> layer(tf.zeros([1, 1024, 64])).shape
+        TensorShape([1, 1024, 64])
 
     Args:
         num_heads: number of heads.

@@ -22,10 +22,9 @@ class SequenceEmbedding(keras.layers.Layer):
     code) a learned start vector is put in front and the last position dropped, so that position t
     sees the tokens before t.
 
-    Example:
-
-    >>> SequenceEmbedding(256, 64, position_shape=(32, 32, 3))(tf.zeros([1, 3072], tf.int32)).shape
-    TensorShape([1, 3072, 64])
+    Examples:
+        >>> stf.layers.SequenceEmbedding(256, 64, position_shape=(32, 32, 3))(tf.zeros([1, 3072], tf.int32)).shape
+        TensorShape([1, 3072, 64])
 
     Args:
         vocab_size: number of tokens.

@@ -27,11 +27,10 @@ class FixedAttention(SparseAttention):
 
     For data without a period, as text. Each head has a sub-block of summary columns of its own.
 
-    Example:
-
-    >>> layer = FixedAttention(num_heads=8, key_dim=64, stride=128, summary=32)
-    >>> layer(tf.zeros([1, 1024, 512])).shape
-    TensorShape([1, 1024, 512])
+    Examples:
+        >>> layer = stf.layers.FixedAttention(num_heads=8, key_dim=64, stride=128, summary=32)
+        >>> layer(tf.zeros([1, 1024, 512])).shape
+        TensorShape([1, 1024, 512])
 
     Args:
         num_heads: number of heads.

@@ -22,12 +22,11 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
     the backward pass (Section 5.4), with the same dropout masks: gradients are the same to
     rounding. (`keras.remat` draws others.)
 
-    Example:
-
-    >>> attention = stf.layers.StridedAttention(num_heads=2, key_dim=16, stride=32)
-    >>> block = SparseResidualBlock(attention, dropout=0.25, recompute=True)
-    >>> block(tf.zeros([1, 1024, 64])).shape
-    TensorShape([1, 1024, 64])
+    Examples:
+        >>> attention = stf.layers.StridedAttention(num_heads=2, key_dim=16, stride=32)
+        >>> block = stf.layers.SparseResidualBlock(attention, dropout=0.25, recompute=True)
+        >>> block(tf.zeros([1, 1024, 64])).shape
+        TensorShape([1, 1024, 64])
 
     Args:
         attention: a layer from `[batch, position, model_dim]` to the same. It must be the same function

@@ -35,12 +35,11 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
 
     Gradients are the same to rounding in all three. Unlike a block's own layer, a stack takes no lengths and no masks.
 
-    Example:
-
-    >>> patterns = [stf.patterns.Local(32), stf.patterns.Strided(32)]
-    >>> stack = SparseResidualStack(4, patterns, num_heads=2, key_dim=16, recompute=True)
-    >>> stack(tf.zeros([1, 1024, 64])).shape
-    TensorShape([1, 1024, 64])
+    Examples:
+        >>> patterns = [stf.patterns.Local(32), stf.patterns.Strided(32)]
+        >>> stack = stf.layers.SparseResidualStack(4, patterns, num_heads=2, key_dim=16, recompute=True)
+        >>> stack(tf.zeros([1, 1024, 64])).shape
+        TensorShape([1, 1024, 64])
 
     Args:
         num_blocks: N.

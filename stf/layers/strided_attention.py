@@ -27,10 +27,9 @@ class StridedAttention(SparseAttention):
 
     For data with a period, as the rows of an image or the beats of music.
 
-    Example:
-
-    >>> StridedAttention(num_heads=8, key_dim=64, stride=128)(tf.zeros([1, 1024, 512])).shape
-    TensorShape([1, 1024, 512])
+    Examples:
+        >>> stf.layers.StridedAttention(num_heads=8, key_dim=64, stride=128)(tf.zeros([1, 1024, 512])).shape
+        TensorShape([1, 1024, 512])
 
     Args:
         num_heads: number of heads.

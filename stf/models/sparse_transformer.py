@@ -23,7 +23,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
 
     Train it with `compile` and `fit` on (tokens, tokens): the shift by one is inside.
 
-    Example:
+    Examples:
         >>> model = stf.models.SparseTransformer.from_preset("cifar10-small", num_blocks=2)
         >>> model(np.zeros((1, 3072), "int32")).shape
         TensorShape([1, 3072, 256])

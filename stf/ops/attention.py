@@ -27,7 +27,7 @@ def attention(
     output 0 and log-sum-exp -infinity. Differentiable once, in both outputs, with the same bits
     every run.
 
-    Example:
+    Examples:
         >>> q = k = v = tf.random.normal([1, 1024, 8, 64])
         >>> stf.ops.attention(q, k, v, stf.patterns.Local(128) | stf.patterns.Strided(128)).shape
         TensorShape([1, 1024, 8, 64])

@@ -13,10 +13,9 @@ class Blocks(Pattern):
     Blocks above the diagonal are never attended to, whatever the layout says, and blocks on the
     diagonal as far as the query. (The block-sparse attention of Section 5.5 of Child et al. 2019.)
 
-    Example:
-
-    >>> Blocks([[True, False], [True, False]], block_size=2).keys(3)
-    array([0, 1])
+    Examples:
+        >>> stf.patterns.Blocks([[True, False], [True, False]], block_size=2).keys(3)
+        array([0, 1])
 
     Args:
         layout: bool array, `[blocks, blocks]` for all heads or `[heads, blocks, blocks]` with one

@@ -9,10 +9,9 @@ from stf.patterns.pattern import Pattern
 class Causal(Pattern):
     """Every earlier position and the query itself: `{j : j <= i}` (Eq. 2-4 of Child et al. 2019).
 
-    Example:
-
-    >>> Causal().keys(3)
-    array([0, 1, 2, 3])
+    Examples:
+        >>> stf.patterns.Causal().keys(3)
+        array([0, 1, 2, 3])
     """
 
     def _keys(self, i):

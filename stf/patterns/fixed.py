@@ -10,10 +10,9 @@ class Fixed(Pattern):
 
     The same set as `OwnBlock(stride) | Summary(stride, summary, sub_block)`.
 
-    Example:
-
-    >>> Fixed(stride=4, summary=1).keys(9)
-    array([3, 7, 8, 9])
+    Examples:
+        >>> stf.patterns.Fixed(stride=4, summary=1).keys(9)
+        array([3, 7, 8, 9])
 
     Args:
         stride: length of a block, 1 or more; the paper's l.

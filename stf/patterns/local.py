@@ -14,10 +14,9 @@ class Local(Pattern):
     (Section 4.3 of Child et al. 2019). The code that its authors released attends to one key less:
     that is `Local(l - 1)`.
 
-    Example:
-
-    >>> Local(window=2).keys(5)
-    array([3, 4, 5])
+    Examples:
+        >>> stf.patterns.Local(window=2).keys(5)
+        array([3, 4, 5])
 
     Args:
         window: farthest distance of a key from its query, 0 or more.

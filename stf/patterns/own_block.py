@@ -12,10 +12,9 @@ class OwnBlock(Pattern):
 
     The first head of fixed attention (Section 4.3 of Child et al. 2019).
 
-    Example:
-
-    >>> OwnBlock(stride=4).keys(6)
-    array([4, 5, 6])
+    Examples:
+        >>> stf.patterns.OwnBlock(stride=4).keys(6)
+        array([4, 5, 6])
 
     Args:
         stride: length of a block, 1 or more; the paper's l.

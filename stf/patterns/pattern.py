@@ -24,17 +24,16 @@ class Pattern:
     add to it; if it changes the set (`_keys`, `_mask`) it is a leaf of its own, whose `_component` must
     be said anew. `deserialize` knows the patterns of this package alone.
 
-    Example:
-
-    >>> pattern = Local(2) | Strided(3)
-    >>> pattern.keys(7)
-    array([1, 4, 5, 6, 7])
-    >>> pattern.pairs(8)
-    28
-    >>> pattern.mask(3).astype(int)
-    array([[1, 0, 0],
-           [1, 1, 0],
-           [1, 1, 1]])
+    Examples:
+        >>> pattern = stf.patterns.Local(2) | stf.patterns.Strided(3)
+        >>> pattern.keys(7)
+        array([1, 4, 5, 6, 7])
+        >>> pattern.pairs(8)
+        28
+        >>> pattern.mask(3).astype(int)
+        array([[1, 0, 0],
+               [1, 1, 0],
+               [1, 1, 1]])
     """
 
     def for_head(self, head):

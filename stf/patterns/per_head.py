@@ -10,11 +10,10 @@ class PerHead(Pattern):
 
     The third integration of factorised attention (Eq. 8 of Child et al. 2019).
 
-    Example:
-
-    >>> pattern = PerHead([Local(2), Strided(3)])
-    >>> pattern.keys(7, head=0), pattern.keys(7, head=1)
-    (array([5, 6, 7]), array([1, 4, 7]))
+    Examples:
+        >>> pattern = stf.patterns.PerHead([stf.patterns.Local(2), stf.patterns.Strided(3)])
+        >>> pattern.keys(7, head=0), pattern.keys(7, head=1)
+        (array([5, 6, 7]), array([1, 4, 7]))
 
     Args:
         patterns: patterns, at least one. One that differs between heads itself is asked for head h.

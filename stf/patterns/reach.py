@@ -20,10 +20,10 @@ def hops(patterns, n, num_heads=1):
 
     Takes O(n**3) time and O(n**2) memory: meant for n of some hundreds.
 
-    Example:
-
-    >>> hops([Local(8), Strided(8)], 64), hops([OwnBlock(8), Summary(8, 2)], 64)
-    (2, 3)
+    Examples:
+        >>> p = stf.patterns
+        >>> p.hops([p.Local(8), p.Strided(8)], 64), p.hops([p.OwnBlock(8), p.Summary(8, 2)], 64)
+        (2, 3)
 
     Args:
         patterns: a list of patterns used in turn, or one pattern.

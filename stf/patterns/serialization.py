@@ -6,10 +6,9 @@ from stf.patterns.pattern import Pattern
 def serialize(pattern):
     """A pattern as plain data, `{"class_name": ..., "config": ...}`, for JSON and Keras configs.
 
-    Example:
-
-    >>> serialize(Strided(128))
-    {'class_name': 'Strided', 'config': {'stride': 128}}
+    Examples:
+        >>> stf.patterns.serialize(stf.patterns.Strided(128))
+        {'class_name': 'Strided', 'config': {'stride': 128}}
 
     Raises:
         ValueError: if `pattern` is not a pattern, or its class is another than that of stf.patterns of

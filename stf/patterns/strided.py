@@ -13,10 +13,9 @@ class Strided(Pattern):
     The second head of strided attention (Section 4.3 of Child et al. 2019). The merged head (Eq. 7)
     is `Local(stride) | Strided(stride)`.
 
-    Example:
-
-    >>> Strided(stride=3).keys(7)
-    array([1, 4, 7])
+    Examples:
+        >>> stf.patterns.Strided(stride=3).keys(7)
+        array([1, 4, 7])
 
     Args:
         stride: distance of neighbouring keys, 1 or more; the paper's l, close to the square root of

@@ -15,14 +15,13 @@ class Summary(Pattern):
     from the block's end, `s = head mod floor(l / c)`. The own block's columns are in the set as far
     as the query; a query before the first such column attends to nothing.
 
-    Example:
-
-    >>> Summary(stride=4, summary=1).keys(9)
-    array([3, 7])
-    >>> Summary(stride=4, summary=1).keys(9, head=1)
-    array([2, 6])
-    >>> Summary(stride=4, summary=1, sub_block=1).keys(9)
-    array([2, 6])
+    Examples:
+        >>> stf.patterns.Summary(stride=4, summary=1).keys(9)
+        array([3, 7])
+        >>> stf.patterns.Summary(stride=4, summary=1).keys(9, head=1)
+        array([2, 6])
+        >>> stf.patterns.Summary(stride=4, summary=1, sub_block=1).keys(9)
+        array([2, 6])
 
     Args:
         stride: length of a block, 1 or more; the paper's l.

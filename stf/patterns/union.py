@@ -10,10 +10,9 @@ class Union(Pattern):
     `p | q` is `Union([p, q])`. Unions in `parts` are replaced by their own parts, repeated parts by
     one.
 
-    Example:
-
-    >>> (Local(1) | Strided(3)).keys(6)
-    array([0, 3, 5, 6])
+    Examples:
+        >>> (stf.patterns.Local(1) | stf.patterns.Strided(3)).keys(6)
+        array([0, 3, 5, 6])
 
     Args:
         parts: patterns, at least one.
