@@ -98,7 +98,15 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
             once, and drops nothing.
         skip: batches to leave out at the start: what a resumed run has seen already.
         shard: (index, count): which rows of each batch are this worker's, every count-th from index on.
+
+    Raises:
+        ValueError: sequences are not uint8 `[examples, length]`, or there are none; a shard or a seed that is none.
     """
+    dtype, shape = getattr(sequences, "dtype", None), getattr(sequences, "shape", None)
+    if dtype != np.uint8 or len(shape) != 2:
+        raise ValueError(
+            f"sequences must be a uint8 array [examples, length]. Received: sequences of dtype {dtype}, shape {shape}"
+        )
     if len(sequences) < 1 or batch_size < 1:
         raise ValueError(
             f"there must be examples and a batch_size of at least 1. "

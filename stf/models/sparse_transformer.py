@@ -1,6 +1,7 @@
 """The Sparse Transformer (Child et al. 2019, Section 5)."""
 
 import math
+import pathlib
 
 import keras
 import tensorflow as tf
@@ -141,8 +142,36 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
 
     @classmethod
     def from_preset(cls, name, **overrides):
-        """The model of a name in `stf.models.PRESETS`, with any argument set otherwise."""
-        return cls(**(preset(name) | overrides))
+        """The model of a name in `stf.models.PRESETS`, new, or that of a file, with its weights.
+
+        Args:
+            name: of a preset, or the path of a `.keras` file: what `model.save` wrote, or a checkpoint, of which the
+                moving average of the weights is taken where there is one.
+            **overrides: any argument of the model, set otherwise. For a file they must leave the weights' shapes as
+                they are: `dropout`, `recompute`, `dtype`, another pattern.
+
+        Returns:
+            A `SparseTransformer`, not compiled.
+
+        Raises:
+            ValueError: there is no such preset; the file holds another model; overrides change a weight's shape.
+        """
+        if pathlib.Path(name).suffix != ".keras":
+            return cls(**(preset(name) | overrides))
+        from stf.training import use_average
+
+        saved = keras.saving.load_model(name)
+        if not isinstance(saved, cls):
+            raise ValueError(f"{name} must hold a {cls.__name__}. It holds a {type(saved).__name__}")
+        use_average(saved)
+        model = cls.from_config(saved.get_config() | overrides)
+        shapes = [[tuple(weight.shape) for weight in each.weights] for each in (model, saved)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"overrides must leave the shapes of the weights of {name} as they are. Received: {overrides}"
+            )
+        model.set_weights(saved.get_weights())
+        return model
 
     @property
     def input_dtype(self):

@@ -102,3 +102,11 @@ def test_orders_of_epochs_and_seeds_are_unlike():
         assert len(set(steps)) / 5000 == pytest.approx(1 - np.exp(-1), abs=0.03)  # as of random permutations
     everything = np.corrcoef([*orders, np.arange(5000)])
     assert np.abs(everything - np.eye(4)).max() < 0.06  # four standard deviations
+
+
+@pytest.mark.parametrize(
+    "sequences", [np.zeros((4, 6), np.int64), np.zeros((4, 2, 3), np.uint8), [[1, 2, 3]]], ids=["int64", "3-d", "list"]
+)
+def test_batches_say_what_they_take(sequences):
+    with pytest.raises(ValueError, match=r"uint8 array \[examples, length\]. Received: sequences of dtype"):
+        batches(sequences, 2)

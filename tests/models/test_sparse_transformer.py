@@ -50,6 +50,37 @@ def test_presets_are_copies_and_take_other_arguments():
         SparseTransformer.from_preset("cifar100")
 
 
+def test_from_preset_of_a_file(tmp_path):
+    model = SparseTransformer.from_preset("cifar10-small", num_blocks=1, length=96, position_shape=(4, 8, 3), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 96), dtype=np.uint8)
+    model.compile(stf.training.optimizer(0.01, average=0.5), stf.training.cross_entropy())
+    model.fit(stf.data.batches(tokens, 2, seed=0), steps_per_epoch=3, verbose=0)  # ends with the average as its weights
+    path = tmp_path / "model.keras"
+    model.save(path)
+    again = SparseTransformer.from_preset(path, dropout=0.5, recompute=True)
+    assert not again.compiled and again.get_config()["dropout"] == 0.5
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+    with pytest.raises(ValueError, match="model_dim"):
+        SparseTransformer.from_preset(str(path), model_dim=32, num_heads=1)
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "other.keras")
+    with pytest.raises(ValueError, match="Sequential"):
+        SparseTransformer.from_preset(tmp_path / "other.keras")
+
+
+def test_from_preset_takes_the_average_of_a_checkpoint(tmp_path):
+    model = SparseTransformer.from_preset("cifar10-small", num_blocks=1, length=96, position_shape=(4, 8, 3), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 96))
+    model.compile(stf.training.optimizer(0.01, average=0.9), stf.training.cross_entropy())
+    for _ in range(3):
+        model.train_on_batch(tokens, tokens)
+    model.save(tmp_path / "checkpoint.keras")
+    again = SparseTransformer.from_preset(tmp_path / "checkpoint.keras")
+    averages = dict((weight.path, average) for weight, average in stf.training.averages(model.optimizer))
+    for weight, mine in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(mine, averages.get(weight.path, weight))
+    assert any(np.any(np.asarray(mine) != np.asarray(w)) for w, mine in zip(model.weights, again.weights, strict=True))
+
+
 def test_first_loss_is_that_of_the_uniform_distribution():
     model = SparseTransformer.from_preset("cifar10-small", length=30)
     x = tokens(positions=30, vocab_size=256)
