@@ -5,14 +5,16 @@ import time
 import keras
 import tensorflow as tf
 
-from stf.training import steps_taken
+from stf.training import BitsPerDim, steps_taken
 
 
 class TrainingLog(keras.callbacks.Callback):
-    """Writes bits per dim, learning rate and gradient norm during training, and validation after each epoch.
+    """Writes loss, bits per dim, learning rate, gradient norm and tokens per second, and validation after each epoch.
 
-    It looks when the next batch begins, and only where an entry is due: steps are dispatched ahead of the device in
-    between. The step of an entry is the number of batches that the optimizer has seen.
+    Loss and bits per dim of an entry are those of the batches since the last one, where Keras shows the mean over the
+    epoch so far; metrics are taken to be means over batches of one size. It looks when the next batch begins, and only
+    where an entry is due: steps are dispatched ahead of the device in between. The step of an entry is the number of
+    batches that the optimizer has seen.
 
     Args:
         log_dir: TensorBoard's folder; None writes nothing (for a worker that reads what others write).
@@ -25,16 +27,22 @@ class TrainingLog(keras.callbacks.Callback):
         self.every = every
         self._writer = None
         self._before = self._written = 0  # batches before this epoch; those at the last entry
+        self._means = (0, {})  # of the epoch at the last entry: batches, and the metrics' means over them
+        self._clock = None  # the time of the last entry, and the epoch's tokens by then
 
     def on_train_begin(self, logs=None):
         """Opens the log."""
         write = self.log_dir is not None
         self._writer = tf.summary.create_file_writer(self.log_dir) if write else tf.summary.create_noop_writer()
         self._written = steps_taken(self.model.optimizer)
+        self._clock = None  # until the first entry: the first step is compiled
 
     def on_epoch_begin(self, epoch, logs=None):
         """Notes where the epoch begins."""
         self._before = steps_taken(self.model.optimizer)
+        self._means = (0, {})
+        if self._clock is not None:
+            self._clock = (time.perf_counter(), 0.0)
 
     def on_train_batch_begin(self, batch, logs=None):
         """Writes what the batches before have given, where they are as many as an entry takes."""
@@ -57,7 +65,17 @@ class TrainingLog(keras.callbacks.Callback):
         self._writer.close()
 
     def _write_training(self, step, metrics):
-        values = {f"train/{name}": value for name, value in metrics.items()}
+        batches, (before, means) = step - self._before, self._means
+        metrics = {name: float(tf.convert_to_tensor(value)) for name, value in metrics.items()}
+        values = {
+            f"train/{name}": (mean * batches - means.get(name, 0.0) * before) / (batches - before)
+            for name, mean in metrics.items()
+        }
+        self._means = (batches, metrics)
+        tokens, now = self._tokens(), time.perf_counter()
+        if self._clock is not None and tokens is not None:
+            values["train/tokens_per_second"] = (tokens - self._clock[1]) / (now - self._clock[0])
+        self._clock = (now, tokens or 0.0)
         values["train/learning_rate"] = self.model.optimizer.learning_rate
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         for name, attribute in (("gradient_norm", "gradient_norm"), ("skipped_steps", "skipped")):
@@ -65,6 +83,14 @@ class TrainingLog(keras.callbacks.Callback):
                 values[f"train/{name}"] = getattr(optimizer, attribute)
         self._write(step, values)
         self._written = step
+
+    def _tokens(self):
+        """How many tokens the epoch's batches had, as a `BitsPerDim` has counted them; None where there is none."""
+        for metric in self.model.metrics:
+            for each in (metric, *getattr(metric, "metrics", ())):
+                if isinstance(each, BitsPerDim):
+                    return float(each.tokens)
+        return None
 
     def _write(self, step, values):
         with self._writer.as_default(step=step):

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import tensorflow as tf
 
 
 def cross_entropy():
@@ -39,6 +40,11 @@ class BitsPerDim(keras.metrics.Metric):
     def result(self):
         """Bits for each token so far."""
         return self._nats / (keras.ops.maximum(self._tokens, 1.0) * math.log(2))
+
+    @property
+    def tokens(self):
+        """How many have counted so far, a float32 scalar."""
+        return tf.convert_to_tensor(self._tokens.value)  # over all replicas
 
     def reset_state(self):
         """Forgets all batches."""

@@ -59,6 +59,26 @@ def test_scalars_pictures_and_checkpoint_of_a_run(model, tmp_path):
     assert [path.name for path in tmp_path.glob("*.keras")] == ["checkpoint.keras"]
 
 
+def test_an_entry_is_of_the_batches_since_the_last_one(model, tmp_path):
+    model.compile(stf.training.optimizer(0.0), stf.training.cross_entropy(), metrics=[stf.training.BitsPerDim()])
+    x = tokens(12)
+    data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2).repeat()
+    model.fit(
+        data, steps_per_epoch=6, epochs=2, callbacks=[stf.callbacks.TrainingLog(tmp_path, every=2)],
+        validation_data=(x, x), verbose=0,
+    )  # fmt: skip
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    losses = -stf.evaluation.score(model, x).reshape(6, -1).mean(1)
+    for name, unit in (("train/bits_per_dim", np.log(2)), ("train/loss", 1.0)):
+        found = [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(name)]
+        expected = [losses[k : k + 2].mean() / unit for k in (0, 2, 4)] * 2
+        assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12]
+        np.testing.assert_allclose([value for _, value in found], expected, rtol=1e-5)
+    rates = events.Tensors("train/tokens_per_second")
+    assert [event.step for event in rates] == [4, 6, 8, 10, 12]  # not before the first step has been compiled
+    assert all(float(tf.make_ndarray(event.tensor_proto)) > 0 for event in rates)
+
+
 def test_checkpoint_leaves_the_last_good_one_when_saving_fails(model, tmp_path, monkeypatch):
     checkpoint = stf.callbacks.Checkpoint(tmp_path / "checkpoint.keras")
     checkpoint.set_model(model)
