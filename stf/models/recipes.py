@@ -60,7 +60,7 @@ RECIPES = {
         "epochs": 140,  # F
         "steps": 420_000,  # D: 140 epochs of 48,000 images, 16 a step
     },
-    "cifar10-small": _SMALL | {"batch_size": 4, "steps": 800},
+    "cifar10-small": _SMALL | {"batch_size": 4, "steps": 1_800},
     "enwik8": _ENWIK8,
     "enwik8-dense": _ENWIK8,
     "enwik8-strided": _ENWIK8,
