@@ -84,7 +84,8 @@ def main(_):
     found = stf.evaluation.evaluate(model, stf.data.batches(test, options.batch_size))
     if FLAGS.samples:
         samples.set_model(model)
-        save_pictures(samples, data.test[: FLAGS.samples], run_dir)
+        chosen = np.linspace(0, len(data.test) - 1, FLAGS.samples).astype(int)  # neighbours may be alike
+        save_pictures(samples, data.test[chosen], run_dir)
     of = ", photographs, NOT CIFAR-10" if instead else ""
     entropy = stf.data.order0_entropy(test)
     print(f"test bits per dim{of}: {found.bits:.3f} (order-0 entropy of the same {len(test):,} images: {entropy:.3f})")
