@@ -75,7 +75,7 @@ def main(_):
         stf.experiments.flags.make_model,
         lambda done, shard: stf.data.batches(data.train, options.batch_size, options.seed, done, shard),
         lambda shard: stf.data.batches(validation, options.batch_size, shard=shard),
-        callbacks=[stf.callbacks.AttentionMaps(log_dir, validation[0], every=0), samples],
+        callbacks=[stf.callbacks.AttentionMaps(log_dir, validation[0]), samples],
         **stf.experiments.flags.run_arguments(data.description, strategy),
     )
     if not stf.experiments.is_first(strategy):

@@ -44,12 +44,15 @@ class AttentionMaps(keras.callbacks.Callback):
         self.every = every
         self._step = None
 
-    def figure(self):
-        """The maps of the model as it is: uint8 `[height, width, 3]`."""
+    def figure(self, layers=None):
+        """The maps of the model as it is: uint8 `[height, width, 3]`.
+
+        Args:
+            layers: which; `most_layers` of them, evenly spaced, unless given.
+        """
         stack = self.model.stack
-        count = min(self.most_layers, stack.num_blocks)
-        chosen = np.unique(np.linspace(0, stack.num_blocks - 1, count).astype(int))
-        found = self.model.attention_weights(self.tokens[None], self.queries, blocks=chosen.tolist())
+        chosen = self.layers() if layers is None else list(layers)
+        found = self.model.attention_weights(self.tokens[None], self.queries, blocks=chosen)
         pictures, titles = [], []
         for layer, heads in zip(chosen, found, strict=True):
             for head, rows in enumerate(heads):
@@ -58,9 +61,15 @@ class AttentionMaps(keras.callbacks.Callback):
                     row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
                     name = _name(stack.pattern(layer), head)
                     titles.append(f"layer {layer}, head {head}\n{name}\nrow {row}, column {column}")
-        columns = len(self.queries) * stack.num_heads
-        heading = "Attention weights of chosen pixels (framed); grey: not attended to, black: after the pixel"
-        return drawing.panels(pictures, columns, titles, heading=heading)
+        columns = len(self.queries) * (1 if layers is not None else stack.num_heads)
+        figure = drawing.panels(pictures, columns, titles, heading="Where chosen pixels (framed) look")
+        text = "root of the weight over the pixel's largest; grey: left out, black: later"
+        return drawing.under(figure, drawing.colour_bar(min(figure.shape[1] - 16, 480), text))
+
+    def layers(self):
+        """The layers that are shown."""
+        count = self.model.stack.num_blocks
+        return np.unique(np.linspace(0, count - 1, min(self.most_layers, count)).astype(int)).tolist()
 
     def connectivity(self):
         """What each distinct pattern connects: uint8 `[height, width, 3]`."""
@@ -72,19 +81,22 @@ class AttentionMaps(keras.callbacks.Callback):
                 if pattern in seen:
                     continue
                 seen.add(pattern)
-                name = _name(whole, head)
+                name, shown = _name(whole, head), drawing.telling_positions(pattern, head, n)
+                side = self.image_shape[0] * 6
+                matrix = drawing.connectivity_picture(pattern, head, shown, side)
                 pictures += [
                     drawing.reach_picture(pattern, head, query, self.image_shape),
-                    drawing.connectivity_picture(pattern, head, n, self.image_shape[0] * 6),
+                    drawing.enlarge(matrix, max(1, side // len(matrix))),
                 ]
-                titles += [f"{name}\none pixel's keys", f"{name}\nqueries down, keys across"]
-        return drawing.panels(pictures, 4, titles, heading="Connectivity of the patterns")
+                titles += [f"{name}\none pixel's keys", f"the first {shown} queries\ndown, keys across"]
+        return drawing.panels(pictures, 4, titles, heading="What the patterns connect")
 
     def write(self):
         """Writes both figures now."""
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=steps_taken(self.model.optimizer)):
-            tf.summary.image("images/attention maps", self.figure()[None])
+            for layer in self.layers():  # a card each, so that it can be read
+                tf.summary.image(f"images/attention maps, layer {layer:03d}", self.figure([layer])[None])
             tf.summary.image("images/connectivity", self.connectivity()[None])
         writer.close()
         self._step = steps_taken(self.model.optimizer)

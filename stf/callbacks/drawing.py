@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from stf.patterns import lower
+
 BACKGROUND, INK = (24, 24, 28), (235, 235, 235)
 
 
@@ -50,6 +52,21 @@ def heat(values):
     return (stops[low] * (1 - part) + stops[low + 1] * part).astype(np.uint8)
 
 
+def colour_bar(width, text, height=12):
+    """What the colours of `heat` stand for: from 0 to 1, and a line of text under them; uint8 `[rows, width, 3]`."""
+    bar = np.repeat(heat(np.linspace(0, 1, width))[None], height, 0)
+    label = Image.new("RGB", (width, 20), BACKGROUND)
+    ImageDraw.Draw(label).text((0, 3), text, INK, ImageFont.load_default(size=13))
+    return np.concatenate([bar, np.asarray(label)])
+
+
+def under(picture, strip, gap=8):
+    """A picture with a strip of at most its width below it, on the background."""
+    room = np.full((strip.shape[0] + gap, picture.shape[1], 3), BACKGROUND, np.uint8)
+    room[: strip.shape[0], gap : gap + strip.shape[1]] = strip[:, : picture.shape[1] - gap]
+    return np.concatenate([picture, room])
+
+
 def attention_picture(keys, weights, query, image_shape, factor=6):
     """Weights of one query over the image, as in the paper's Figure 2.
 
@@ -84,17 +101,23 @@ def framed(picture, pixel, columns, factor):
 def connectivity_picture(pattern, head, positions, size=192):
     """Which keys (across) each query (down) attends to, as the matrices of the paper's Figure 3.
 
-    `size` rows are drawn, each from the keys of one query; a column stands for as many keys as there are
-    positions to a column.
+    Where there are more positions than `size` pixels, a pixel is coloured if any of its queries attends to any of its
+    keys: lines stay lines.
     """
     size = min(size, positions)
     picture = np.full((size, size, 3), 255, np.uint8)
     picture[np.triu_indices(size, 1)] = (200, 200, 204)
-    for row in range(size):
-        query = (row + 1) * positions // size - 1
-        picture[row, pattern.keys(query, head) * size // positions] = (120, 170, 235)
-        picture[row, query * size // positions] = (20, 60, 150)
+    for query in range(positions):
+        picture[query * size // positions, pattern.keys(query, head) * size // positions] = (120, 170, 235)
+    picture[np.diag_indices(size)] = (20, 60, 150)
     return picture
+
+
+def telling_positions(pattern, head, positions, periods=4):
+    """How many of the first positions show a pattern: so many of its longest stride, window or block."""
+    records = lower(pattern.for_head(head), 1).components
+    longest = max((records[begin + 1] for begin in range(0, len(records), 6)), default=0)
+    return min(positions, max(periods * int(longest), 64))
 
 
 def reach_picture(pattern, head, query, image_shape, factor=6):

@@ -47,7 +47,8 @@ def test_scalars_pictures_and_checkpoint_of_a_run(model, tmp_path):
         "train/learning_rate",
         "train/gradient_norm",
         "validation/bits_per_dim",
-        "images/attention maps",
+        "images/attention maps, layer 000",
+        "images/attention maps, layer 001",
         "images/connectivity",
         "images/samples",
     } <= names
@@ -170,9 +171,14 @@ def test_attention_maps_show_the_weights_of_a_dense_softmax(decided):
                 pictures.append(drawing.attention_picture(keys, dense[head, query, keys], query, SHAPE))
                 row, column = divmod(query // 3, 6)
                 titles.append(f"layer {layer}, head {head}\n{NAMES[layer][head]}\nrow {row}, column {column}")
-    heading = "Attention weights of chosen pixels (framed); grey: not attended to, black: after the pixel"
+    heading = "Where chosen pixels (framed) look"
     expected = drawing.panels(pictures, 4, titles, heading=heading)
-    np.testing.assert_allclose(maps.figure().astype(int), expected.astype(int), atol=1)
+    figure = maps.figure()
+    np.testing.assert_allclose(figure[: len(expected)].astype(int), expected.astype(int), atol=1)
+    bar = figure[len(expected) : len(expected) + 12, 8:-8]
+    np.testing.assert_array_equal(bar[[0, -1]], np.stack([drawing.heat(np.linspace(0, 1, bar.shape[1]))] * 2))
+    alone = drawing.panels(pictures[4:], 2, titles[4:], heading=heading)
+    np.testing.assert_allclose(maps.figure([1])[: len(alone)].astype(int), alone.astype(int), atol=1)
 
 
 def test_connectivity_shows_each_pattern_once(decided):
@@ -185,12 +191,12 @@ def test_connectivity_shows_each_pattern_once(decided):
         pixels = np.where(mask[query].reshape(-1, 3).any(-1)[:, None], (120, 170, 235), 255)
         pixels[query // 3] = (20, 60, 150)
         pictures.append(drawing.enlarge(pixels.reshape(SHAPE), 6))
-        connected = np.where(mask[2::3].reshape(24, 24, 3).any(-1)[..., None], (120, 170, 235), 255)  # in pixels
+        connected = np.where(mask.reshape(24, 3, 24, 3).any((1, 3))[..., None], (120, 170, 235), 255)  # in pixels
         connected[np.triu_indices(24, 1)] = (200, 200, 204)
         connected[np.diag_indices(24)] = (20, 60, 150)
         pictures.append(connected)
-        titles += [f"{NAMES[layer][head]}\n{what}" for what in ("one pixel's keys", "queries down, keys across")]
-    expected = drawing.panels(pictures, 4, titles, heading="Connectivity of the patterns")
+        titles += [f"{NAMES[layer][head]}\none pixel's keys", "the first 72 queries\ndown, keys across"]
+    expected = drawing.panels(pictures, 4, titles, heading="What the patterns connect")
     np.testing.assert_array_equal(maps.connectivity(), expected)
 
 
@@ -275,3 +281,20 @@ def test_a_run_goes_on_after_a_few_broken_steps_and_ends_after_many():
 
 def test_nothing_is_named_where_all_is_finite(model):
     assert stf.callbacks.first_non_finite(model, tokens(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [(stf.patterns.Strided(96), 384), (stf.patterns.Fixed(128, 32), 512), (stf.patterns.Causal(), 64)],
+)
+def test_connectivity_is_drawn_at_as_many_positions_as_show_it(pattern, shown):
+    assert drawing.telling_positions(pattern, 0, 3072) == shown
+    assert drawing.telling_positions(pattern, 0, 40) == 40
+
+
+def test_a_smaller_connectivity_picture_keeps_every_line():
+    pattern = stf.patterns.Strided(32)
+    picture = drawing.connectivity_picture(pattern, 0, 256, size=64)
+    blue = (picture == (120, 170, 235)).all(-1) | (picture == (20, 60, 150)).all(-1)
+    pooled = pattern.mask(256).reshape(64, 4, 64, 4).any((1, 3))
+    np.testing.assert_array_equal(blue, pooled | np.eye(64, dtype=bool))
