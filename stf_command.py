@@ -54,13 +54,16 @@ def main(arguments=None):
     program, used = PROGRAMS.get(name), 1
     if isinstance(program, dict):
         kind = arguments[1] if len(arguments) > 1 else None
+        if kind in ("-h", "--help", "--helpshort"):
+            print(__doc__)
+            return 0
         if kind not in program:
             return _refuse(f"{name} needs one of {', '.join(program)}. Received: {kind}")
         program, used = program[kind], 2
     if program is None:
         known = [*PROGRAMS, "presets", "doctor", "version"]
         return _refuse(f"the command must be one of {', '.join(known)}. Received: {name}")
-    sys.argv = [" ".join(["stf", *arguments[:used]]), *arguments[used:]]
+    sys.argv = [name, *arguments[used:]]  # its first is the program's path in there
     runpy.run_path(str(examples() / f"{program}.py"), run_name="__main__")
     return 0
 

@@ -23,6 +23,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 
@@ -64,13 +65,14 @@ class Curve(keras.callbacks.Callback):
         points: what an earlier part of the run has found, which is added to.
         folder: where the model of the lowest validation goes, as best.keras, and checkpoint.keras every two minutes.
         found: function of the points, called after each epoch.
+        since: points up to this step do not count as the lowest.
     """
 
-    def __init__(self, minutes, points, folder, found):
+    def __init__(self, minutes, points, folder, found, since=0):
         super().__init__()
         self.minutes, self.points, self.folder, self.found = minutes, points, folder, found
         self._seconds = points[-1]["seconds"] if points else 0.0
-        self._lowest = min((point["validation"] for point in points), default=math.inf)
+        self._lowest = min((point["validation"] for point in points if point["step"] > since), default=math.inf)
         self._checkpoint = stf.callbacks.Checkpoint(folder / "checkpoint.keras", verbose=0)
 
     def on_train_begin(self, logs=None):
@@ -174,10 +176,15 @@ def train(kind, name, splits, options, found):
     folder = options.run_dir / kind / (f"{name}-{policy}" if options.policy else name)
     folder.mkdir(parents=True, exist_ok=True)
     points, points_path = [], folder / "points.json"
+    since = 0  # steps up to here do not count as the lowest: after a kill best.keras may be of one that is forgotten
+    settings = {name: getattr(options, name) for name in ("num_blocks", "warmup", "seed")}
     if stf.callbacks.checkpoint.exists(folder / "checkpoint.keras"):
         model = stf.callbacks.load_checkpoint(folder / "checkpoint.keras")
-        done = stf.training.steps_taken(model.optimizer)
-        points = [point for point in json.loads(points_path.read_text()) if point["step"] <= done]
+        done, before = stf.training.steps_taken(model.optimizer), json.loads(points_path.read_text())
+        if before["settings"] != settings:
+            sys.exit(f"{folder} was begun with {before['settings']}. Received: {settings}. Name another --run_dir.")
+        points = [point for point in before["points"] if point["step"] <= done]
+        since = done if len(points) < len(before["points"]) else before["since"]
     else:
         model = make_model(preset, changed, recipe, options)
     batch_size, done = recipe["batch_size"], stf.training.steps_taken(model.optimizer)
@@ -194,7 +201,7 @@ def train(kind, name, splits, options, found):
     }
 
     def write(points):
-        points_path.write_text(json.dumps(points))
+        points_path.write_text(json.dumps({"settings": settings, "since": since, "points": points}))
         found(row | {"points": points})
 
     if not points or points[-1]["seconds"] < 60 * options.minutes:
@@ -204,14 +211,14 @@ def train(kind, name, splits, options, found):
             epochs=10**6,
             validation_data=validation,
             callbacks=[
-                Curve(options.minutes, points, folder, write),
+                Curve(options.minutes, points, folder, write, since),
                 stf.callbacks.MovingAverage(),
                 stf.callbacks.StopOnNonFinite(),
             ],
             verbose=0,
         )
     first, last = points[0], points[-1]
-    lowest = min(points, key=lambda point: point["validation"])
+    lowest = min((point for point in points if point["step"] > since), key=lambda point: point["validation"])
     best = keras.saving.load_model(folder / "best.keras")
     row |= {
         "ms_a_step": 1e3 * (last["seconds"] - first["seconds"]) / max(last["step"] - first["step"], 1),
@@ -220,7 +227,20 @@ def train(kind, name, splits, options, found):
     }
     if kind == "enwik8":
         row["contexts"] = contexts(best, splits.test)
+    else:
+        draw(best, splits.test[:8], folder)
     found(row | {"points": points})
+
+
+def draw(model, images, folder):
+    """samples.png, and completions.png: the halves that are given, their completions, the images."""
+    shape = (len(images), *model.position_shape)
+    hidden = images.copy().reshape(shape)
+    hidden[:, shape[1] // 2 :] = 0
+    completed = model.generate(prefix=images[:, : images.shape[1] // 2], seed=0).reshape(shape)
+    drawn = model.generate(len(images), seed=0).reshape(shape)
+    for name, pictures in (("samples", drawn), ("completions", [*hidden, *completed, *images.reshape(shape)])):
+        Image.fromarray(stf.callbacks.drawing.grid(pictures, len(images))).save(folder / f"{name}.png")
 
 
 def tested(model, dataset, group):
@@ -262,10 +282,11 @@ def main():
     result = {"rows": []}
     if output.exists():
         result = json.loads(output.read_text())
-    result |= machine() | {"data": splits.description.split(": ", 1)[-1], "packed": packed(options.data, splits.test)}
+    result |= {"data": splits.description.split(": ", 1)[-1], "packed": packed(options.data, splits.test)}
 
     def found(row):
         """Into the file, in place of an earlier row of this name."""
+        row |= machine()
         names = [each["row"] for each in result["rows"]]
         if row["row"] in names:
             result["rows"][names.index(row["row"])] = row
@@ -290,13 +311,15 @@ def machine():
     return {
         "machine": names[0] if names else platform.processor() or platform.machine(),
         "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "python": platform.python_version()},
-        "command": " ".join(["python benchmarks/paper.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python benchmarks/paper.py", *(re.sub(r"^(--path)=.*", r"\1=PATH", a) for a in sys.argv[1:])]
+        ),
     }
 
 
 def table(result):
     """The rows as text."""
-    lines = [f"{result['machine']}; {result['data']}"]
+    lines = [result["data"]]
     for row in result["rows"]:
         if "test" not in row:
             continue

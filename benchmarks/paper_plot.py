@@ -56,9 +56,10 @@ def draw(source, target):
         axis.set_xlim(0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    blocks = sorted({row["num_blocks"] for row in result["rows"]})
+    blocks, machines = ({row[name] for row in result["rows"]} for name in ("num_blocks", "machine"))
     figure.suptitle(
-        f"{result['data']}; {', '.join(map(str, blocks))} blocks, {result['machine']}; dots: the lowest", fontsize=9
+        f"{result['data']}; {', '.join(map(str, sorted(blocks)))} blocks, {', '.join(machines)}; dots: the lowest",
+        fontsize=9,
     )
     figure.savefig(target)
     pyplot.close(figure)

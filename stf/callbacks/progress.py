@@ -29,6 +29,7 @@ class TrainingLog(keras.callbacks.Callback):
         self._before = self._written = 0  # batches before this epoch; those at the last entry
         self._means = (0, {})  # of the epoch at the last entry: batches, and the metrics' means over them
         self._clock = None  # the time of the last entry, and the epoch's tokens by then
+        self._ended = None  # the same at the end of the epoch's training, before validation counts anew
 
     def on_train_begin(self, logs=None):
         """Opens the log."""
@@ -40,9 +41,14 @@ class TrainingLog(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Notes where the epoch begins."""
         self._before = steps_taken(self.model.optimizer)
-        self._means = (0, {})
+        self._means, self._ended = (0, {}), None
         if self._clock is not None:
             self._clock = (time.perf_counter(), 0.0)
+
+    def on_test_begin(self, logs=None):
+        """Notes when the epoch's training ended: validation takes time, and its tokens are others."""
+        if self._writer is not None:
+            self._ended = (time.perf_counter(), self._tokens())
 
     def on_train_batch_begin(self, batch, logs=None):
         """Writes what the batches before have given, where they are as many as an entry takes."""
@@ -63,6 +69,7 @@ class TrainingLog(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Closes the log."""
         self._writer.close()
+        self._writer = None
 
     def _write_training(self, step, metrics):
         batches, (before, means) = step - self._before, self._means
@@ -72,7 +79,7 @@ class TrainingLog(keras.callbacks.Callback):
             for name, mean in metrics.items()
         }
         self._means = (batches, metrics)
-        tokens, now = self._tokens(), time.perf_counter()
+        now, tokens = self._ended or (time.perf_counter(), self._tokens())
         if self._clock is not None and tokens is not None:
             values["train/tokens_per_second"] = (tokens - self._clock[1]) / (now - self._clock[0])
         self._clock = (now, tokens or 0.0)
