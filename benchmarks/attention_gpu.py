@@ -357,7 +357,7 @@ def main():
     built = os.environ.get("STF_CUDA_LIBRARY")
     libraries = {"stf before": (options.before,)} if options.before else {}
     libraries |= {"stf sm80": (built, "sm80")} if options.generic else {}
-    libraries["stf"] = (built,)
+    libraries["stf"] = (built, os.environ.get("STF_CUDA_KERNELS", ""))
     timer = Timer()
     matmul, copy = rates(timer)
     print(

@@ -29,7 +29,6 @@ PATTERNS = {
 }
 DTYPES = "float32", "bfloat16", "float16"
 ALLOWED = 2.0  # times the error of the same formulas in the same dtype, spelled out in TensorFlow
-DENSE = f"attention over {POSITIONS} positions, output and gradients"
 
 
 def versions():
@@ -145,7 +144,8 @@ def main():
     devices = ["CPU:0"]
     if library.has_cuda():
         devices += [f"GPU:{index}" for index in range(len(tf.config.list_physical_devices("GPU")))]
-    print(f"\n{DENSE}: error beside that of the dense formulas in the same dtype (at most {ALLOWED:g})")
+    print(f"\nattention over {POSITIONS} positions, output and gradients:")
+    print(f"error beside that of the dense formulas in the same dtype, at most {ALLOWED:g}")
     wrong = 0
     for device in devices:
         try:

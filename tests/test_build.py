@@ -155,9 +155,16 @@ def test_the_command_runs_without_the_source_tree(wheel, tmp_path):
     helped = command("train", "cifar10", "--help")
     assert "--resume" in helped.stdout and "--data_dir" in helped.stdout, helped.stderr
     made = command(
-        "train", "cifar10", "--steps=2", "--batch_size=2", "--validation_images=2", "--test_images=2", "--samples=1",
-        f"--run_dir={tmp_path / 'run'}", f"--data_dir={tmp_path / 'nothing'}",
-    )  # fmt: skip
+        "train",
+        "cifar10",
+        "--steps=2",
+        "--batch_size=2",
+        "--validation_images=2",
+        "--test_images=2",
+        "--samples=1",
+        f"--run_dir={tmp_path / 'run'}",
+        f"--data_dir={tmp_path / 'nothing'}",
+    )
     assert made.returncode == 1 and "--data_dir" in made.stderr
     assert str(ROOT) not in helped.stdout + made.stderr
 

@@ -50,18 +50,28 @@ class AttentionMaps(keras.callbacks.Callback):
         Args:
             layers: which; `most_layers` of them, evenly spaced, unless given.
         """
-        stack = self.model.stack
-        chosen = self.layers() if layers is None else list(layers)
-        found = self.model.attention_weights(self.tokens[None], self.queries, blocks=chosen)
-        pictures, titles = [], []
-        for layer, heads in zip(chosen, found, strict=True):
+        maps = self._maps(self.layers() if layers is None else list(layers))
+        columns = len(self.queries) * (1 if layers is not None else self.model.num_heads)
+        return self._figure([each for of_layer in maps for each in of_layer], columns)
+
+    def _maps(self, layers):
+        """Of each layer the (picture, title) of each head and query, by one pass through the model."""
+        found = self.model.attention_weights(self.tokens[None], self.queries, blocks=layers)
+        maps = []
+        for layer, heads in zip(layers, found, strict=True):
+            maps.append([])
             for head, rows in enumerate(heads):
                 for query, (keys, weights) in zip(self.queries, rows, strict=True):
-                    pictures.append(drawing.attention_picture(keys, weights[0], query, self.image_shape))
                     row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
-                    name = _name(stack.pattern(layer), head)
-                    titles.append(f"layer {layer}, head {head}\n{name}\nrow {row}, column {column}")
-        columns = len(self.queries) * (1 if layers is not None else stack.num_heads)
+                    name = _name(self.model.stack.pattern(layer), head)
+                    title = f"layer {layer}, head {head}\n{name}\nrow {row}, column {column}"
+                    maps[-1].append((drawing.attention_picture(keys, weights[0], query, self.image_shape), title))
+        return maps
+
+    @staticmethod
+    def _figure(maps, columns):
+        """(picture, title) pairs in so many columns, under a heading and over the bar that says what colours mean."""
+        pictures, titles = zip(*maps, strict=True)
         figure = drawing.panels(pictures, columns, titles, heading="Where chosen pixels (framed) look")
         text = "root of the weight over the pixel's largest; grey: left out, black: later"
         return drawing.under(figure, drawing.colour_bar(min(figure.shape[1] - 16, 480), text))
@@ -95,8 +105,10 @@ class AttentionMaps(keras.callbacks.Callback):
         """Writes both figures now."""
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=steps_taken(self.model.optimizer)):
-            for layer in self.layers():  # a card each, so that it can be read
-                tf.summary.image(f"images/attention maps, layer {layer:03d}", self.figure([layer])[None])
+            layers = self.layers()
+            for layer, maps in zip(layers, self._maps(layers), strict=True):  # a card each, so that it can be read
+                figure = self._figure(maps, len(self.queries))
+                tf.summary.image(f"images/attention maps, layer {layer:03d}", figure[None])
             tf.summary.image("images/connectivity", self.connectivity()[None])
         writer.close()
         self._step = steps_taken(self.model.optimizer)

@@ -65,9 +65,13 @@ def test_an_entry_is_of_the_batches_since_the_last_one(model, tmp_path):
     x = tokens(12)
     data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2).repeat()
     model.fit(
-        data, steps_per_epoch=6, epochs=2, callbacks=[stf.callbacks.TrainingLog(tmp_path, every=2)],
-        validation_data=(x[:1], x[:1]), verbose=0,
-    )  # fmt: skip
+        data,
+        steps_per_epoch=6,
+        epochs=2,
+        callbacks=[stf.callbacks.TrainingLog(tmp_path, every=2)],
+        validation_data=(x[:1], x[:1]),
+        verbose=0,
+    )
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     losses = -stf.evaluation.score(model, x).reshape(6, -1).mean(1)
     for name, unit in (("train/bits_per_dim", np.log(2)), ("train/loss", 1.0)):
