@@ -4,6 +4,7 @@ stf train cifar10|enwik8|imagenet64|audio [--flags]    trains a preset, and goes
 stf generate --checkpoint=FILE [--flags]               samples and completions
 stf evaluate --checkpoint=FILE [--flags]               bits a byte of a whole split
 stf maps --checkpoint=FILE --image=FILE [--flags]      attention maps over an image, as in the paper's Figure 2
+stf finetune --checkpoint=FILE [--flags]               what a model of CIFAR-10 knows of its ten classes
 stf presets                                            the named models, as a table
 stf doctor                                             what this machine has, and whether stf computes rightly on it
 stf version
@@ -25,6 +26,7 @@ PROGRAMS = {
     "generate": "generate",
     "evaluate": "evaluate",
     "maps": "attention_maps",
+    "finetune": "finetune_cifar10",
 }
 
 

@@ -45,16 +45,22 @@ ROWS = {  # of each data set: (preset, what is changed in the model)
         "fixed": ("cifar10-fixed", {}),
         "dense": ("cifar10-dense", {}),
         "local": ("cifar10", {"patterns": [Local(96)]}),
+        "augmented": ("cifar10", {"conditions": stf.data.ImageTransformations(stf.data.cifar10.SHAPE).sizes}),
     },
     "enwik8": {
         "fixed": ("enwik8", {}),
         "strided": ("enwik8-strided", {}),
         "dense": ("enwik8-dense", {}),
         "local": ("enwik8", {"patterns": [Local(128)]}),
+        "windows": ("enwik8-windows", {}),
     },
 }
 BLOCKS = {"cifar10": 32, "enwik8": 12}
+READ_ON = "fixed"  # the Enwik8 row of Table 3, dynamic evaluation and a text
 CONTEXTS = (0, 6144, 9216, 10752, 11904, 12096, 12160)  # of Table 3
+CONTEXT_WINDOWS = 4  # so many times the length is read for Table 3: the longest context takes 96 windows for each
+NEW = 1024  # bytes that dynamic evaluation learns from at a time
+RATES = 1e-5, 3e-5, 1e-4, 3e-4  # of dynamic evaluation, chosen among on the validation split
 
 
 class Curve(keras.callbacks.Callback):
@@ -123,8 +129,9 @@ def load(kind, path):
 def datasets(kind, splits, model, batch_size, seen, most):
     """(endless training batches behind those seen, validation batches, test batches)."""
     if kind == "cifar10":
+        transformations = stf.data.ImageTransformations(stf.data.cifar10.SHAPE) if model.conditions else None
         return (
-            stf.data.batches(splits.train, batch_size, 0, seen),
+            stf.data.batches(splits.train, batch_size, 0, seen, transformations=transformations),
             stf.data.batches(splits.validation[:most], batch_size),
             stf.data.batches(splits.test, batch_size),
         )
@@ -173,11 +180,17 @@ def train(kind, name, splits, options, found):
     policy = options.policy or recipe["policy"]
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(policy)
-    folder = options.run_dir / kind / (f"{name}-{policy}" if options.policy else name)
+    folder = (
+        options.run_dir
+        / kind
+        / "-".join(
+            [name, *([policy] if options.policy else []), *([str(options.examples)] if options.examples else [])]
+        )
+    )
     folder.mkdir(parents=True, exist_ok=True)
     points, points_path = [], folder / "points.json"
     since = 0  # steps up to here do not count as the lowest: after a kill best.keras may be of one that is forgotten
-    settings = {name: getattr(options, name) for name in ("num_blocks", "warmup", "seed")}
+    settings = {name: getattr(options, name) for name in ("num_blocks", "warmup", "seed", "examples")}
     if stf.callbacks.checkpoint.exists(folder / "checkpoint.keras"):
         model = stf.callbacks.load_checkpoint(folder / "checkpoint.keras")
         done, before = stf.training.steps_taken(model.optimizer), json.loads(points_path.read_text())
@@ -196,6 +209,7 @@ def train(kind, name, splits, options, found):
         "policy": policy,
         "num_blocks": model.stack.num_blocks,
         "parameters": model.count_params(),
+        "examples": options.examples or None,
         "tokens_a_step": batch_size * model.length,
         "learning_rate": recipe["learning_rate"],
     }
@@ -225,10 +239,13 @@ def train(kind, name, splits, options, found):
         "lowest": lowest,
         "test": tested(best, test, model.length if kind == "cifar10" else 4096),
     }
-    if kind == "enwik8":
-        row["contexts"] = contexts(best, splits.test)
-    else:
+    if kind == "cifar10":
         draw(best, splits.test[:8], folder)
+    elif name == READ_ON:
+        row["contexts"] = contexts(best, splits.test)
+        row["dynamic"] = dynamic(best, splits)
+        text = best.generate(prefix=splits.test.read(0, 1024), length=2048, seed=0, temperature=0.8)
+        (folder / "completion.txt").write_bytes(text[0].astype(np.uint8).tobytes())
     found(row | {"points": points})
 
 
@@ -252,12 +269,33 @@ def tested(model, dataset, group):
 
 
 def contexts(model, test):
-    """Table 3: bits of the test split by the least context of a counted byte."""
-    found = []
+    """Table 3: bits by the least context of a counted byte, of the same bytes of the test split."""
+    found, read = [], test.head(CONTEXT_WINDOWS * model.length)
     for context in CONTEXTS:
-        bits = stf.evaluation.evaluate(model, stf.data.windows(test, model.length, 4, context)).bits
+        bits = stf.evaluation.evaluate(model, stf.data.windows(read, model.length, 4, context)).bits
         found.append({"context": context, "bits": bits})
     return found
+
+
+def dynamic(model, splits):
+    """Bits of the test split by a model that learns as it reads, beside one that does not, of the same windows."""
+
+    def read(stream):
+        return stf.data.windows(stream, model.length, 1, model.length - NEW)
+
+    scales = stf.evaluation.gradient_scales(model, read(splits.train.head(4 * model.length)))
+    some = read(splits.validation.head(2 * model.length))
+    tried = [
+        {"rate": rate, "validation": stf.evaluation.evaluate_dynamically(model, some, scales, rate).bits}
+        for rate in RATES
+    ]
+    rate = min(tried, key=lambda each: each["validation"])["rate"]
+    return {
+        "static": stf.evaluation.evaluate(model, read(splits.test)).bits,
+        "dynamic": stf.evaluation.evaluate_dynamically(model, read(splits.test), scales, rate).bits,
+        "rate": rate,
+        "tried": [{"rate": 0.0, "validation": stf.evaluation.evaluate(model, some).bits}, *tried],
+    }
 
 
 def main():
@@ -267,6 +305,7 @@ def main():
     parser.add_argument("--rows", help="some of the rows, by name")
     parser.add_argument("--minutes", type=float, default=5, help="of training, of each row")
     parser.add_argument("--num_blocks", type=int, help="of the model, in place of the paper's")
+    parser.add_argument("--examples", type=int, default=0, help="images to train on: rows of their own")
     parser.add_argument("--policy", help="dtype policy, in place of the recipe's: rows of their own")
     parser.add_argument("--warmup", type=int, default=500, help="steps of warm-up")
     parser.add_argument("--every", type=int, default=100, help="steps between two validations")
@@ -278,6 +317,10 @@ def main():
     options.num_blocks = options.num_blocks or BLOCKS[options.data]
     output = options.output or HERE / "results" / f"paper_{options.data}.json"
     splits = load(options.data, options.path)
+    if options.examples:
+        if not 0 < options.examples <= len(splits.train) or options.data != "cifar10":
+            parser.error(f"--examples must be of {len(splits.train)} images. Received: --examples={options.examples}")
+        splits = splits._replace(train=splits.train[: options.examples])
     print(splits.description)
     result = {"rows": []}
     if output.exists():

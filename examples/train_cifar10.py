@@ -70,10 +70,14 @@ def main(_):
     small = options.preset.endswith("-small")
     validation = data.validation[: limit(FLAGS.validation_images, 64 if small else None)]
     test = data.test[: limit(FLAGS.test_images, 256 if small else None)]
+    config = stf.models.preset(options.preset)
+    transformations = stf.data.ImageTransformations(config["position_shape"]) if config.get("conditions") else None
     samples = stf.callbacks.Samples(log_dir, count=FLAGS.samples, seed=options.seed)
     model = stf.experiments.run(
         stf.experiments.flags.make_model,
-        lambda done, shard: stf.data.batches(data.train, options.batch_size, options.seed, done, shard),
+        lambda done, shard: stf.data.batches(
+            data.train, options.batch_size, options.seed, done, shard, transformations
+        ),
         lambda shard: stf.data.batches(validation, options.batch_size, shard=shard),
         callbacks=[stf.callbacks.AttentionMaps(log_dir, validation[0]), samples],
         **stf.experiments.flags.run_arguments(data.description, strategy),

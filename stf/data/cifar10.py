@@ -30,7 +30,7 @@ def split(images, held_out_of=(2000, 50000)):
 
 
 def load(data_dir=None, download=True):
-    """CIFAR-10 through tensorflow-datasets.
+    """CIFAR-10's images through tensorflow-datasets.
 
     Args:
         data_dir: its folder; tensorflow-datasets' own unless given.
@@ -43,6 +43,27 @@ def load(data_dir=None, download=True):
     Raises:
         NotAvailableError: it is not there and was not, or could not be, fetched.
     """
+    builder = _prepared(data_dir, download)
+    train, validation = split(_feature(builder, "train", "image"))
+    test = _feature(builder, "test", "image")
+    description = (
+        f"CIFAR-10 from {builder.data_dir}: {len(train):,} images to train, {len(validation):,} to validate, "
+        f"{len(test):,} to test"
+    )
+    return Splits(train, validation, test, description)
+
+
+def labels(data_dir=None, download=True):
+    """What the images of `load` show, in their order: three int32 arrays, training, validation and test; 0 to 9.
+
+    Airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck. Arguments and errors are those of `load`.
+    """
+    builder = _prepared(data_dir, download)
+    return (*split(_feature(builder, "train", "label")), _feature(builder, "test", "label"))
+
+
+def _prepared(data_dir, download):
+    """tensorflow-datasets' builder of the data set, which is there."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder("cifar10", data_dir=data_dir, try_gcs=False)
@@ -57,18 +78,14 @@ def load(data_dir=None, download=True):
             raise NotAvailableError(
                 f"CIFAR-10 is not in {builder.data_dir}, and fetching it failed: {error}"
             ) from error
-    train, validation = split(_images(builder, "train"))
-    test = _images(builder, "test")
-    description = (
-        f"CIFAR-10 from {builder.data_dir}: {len(train):,} images to train, {len(validation):,} to validate, "
-        f"{len(test):,} to test"
-    )
-    return Splits(train, validation, test, description)
+    return builder
 
 
-def _images(builder, name):
+def _feature(builder, name, feature):
+    """Images `[examples, 3072]` or labels `[examples]` of a split."""
     import tensorflow_datasets as tfds
 
     examples = tfds.as_numpy(builder.as_dataset(split=name, shuffle_files=False))
     ordered = sorted(examples, key=lambda example: example["id"])  # that of the published files: tfds' own is a hash's
-    return np.stack([example["image"].reshape(-1) for example in ordered])
+    found = np.stack([example[feature] for example in ordered])
+    return found.reshape(len(found), -1) if feature == "image" else found.astype(np.int32)

@@ -86,7 +86,7 @@ def counts_of(examples, held_out):
     return counts
 
 
-def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
+def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1), transformations=None):
     """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`, of whole examples.
 
     Which examples are in batch i depends on `seed` and i alone, so that going on after any batch costs nothing.
@@ -98,9 +98,12 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
             once, and drops nothing.
         skip: batches to leave out at the start: what a resumed run has seen already.
         shard: (index, count): which rows of each batch are this worker's, every count-th from index on.
+        transformations: a `stf.data.ImageTransformations`, of which one is drawn for each row, or None. Batches
+            are then ((tokens, conditions), tokens).
 
     Raises:
-        ValueError: sequences are not uint8 `[examples, length]`, or there are none; a shard or a seed that is none.
+        ValueError: sequences are not uint8 `[examples, length]`, or there are none; a shard or a seed that is none;
+            transformations without a seed, or of images of another size.
     """
     dtype, shape = getattr(sequences, "dtype", None), getattr(sequences, "shape", None)
     if dtype != np.uint8 or len(shape) != 2:
@@ -114,6 +117,13 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
         )
     _check_shard(shard, batch_size)
     seed = None if seed is None else _check_seed(seed)
+    if transformations is not None:
+        if seed is None:
+            raise ValueError("seed must be given where transformations are drawn. Received: seed=None")
+        if np.prod(transformations.shape) != shape[1]:
+            raise ValueError(
+                f"transformations must be of images of {shape[1]} bytes. Received: transformations={transformations}"
+            )
     index, count = shard
     examples = len(sequences)
     read = _reader(lambda rows: np.asarray(sequences[rows]), sequences.shape[1])
@@ -142,7 +152,11 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1)):
 
     def load(batch):
         tokens = tf.ensure_shape(read(rows(batch)), [size, sequences.shape[1]])
-        return tokens, tokens
+        if transformations is None:
+            return tokens, tokens
+        conditions = transformations.draw(batch_size, tf.stack([batch, (seed << 1) + 1]))[index::count]
+        tokens = tf.ensure_shape(transformations(tokens, conditions), tokens.shape)
+        return (tokens, conditions), tokens
 
     return numbers.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 

@@ -115,4 +115,4 @@ def evaluate(model, dataset, verbose=1):
             bar.set_postfix(bits=f"{total / max(count, 1) / math.log(2):.4f}")
     if not count:
         raise ValueError("dataset must have a token that counts. Received: none")
-    return Evaluation(total / count / math.log(2), count, np.concatenate(found), time.perf_counter() - begin)
+    return Evaluation(float(total / count / math.log(2)), count, np.concatenate(found), time.perf_counter() - begin)

@@ -64,11 +64,12 @@ class Decoder:
         """The state before the first position: a list, for each cache, of its tensors."""
         return [cache.zeros(self.batch_size, self.cache_dtype) for cache in self.caches]
 
-    def prefill(self, tokens):
+    def prefill(self, tokens, conditions=None):
         """The state when a prefix has been read, in one pass over all of its positions.
 
         Args:
             tokens: integers `[batch, position]`, of which there may be none.
+            conditions: int32 `[batch, condition]`, of a model that has them; all 0 unless given.
 
         Returns:
             The state at position `tokens.shape[1]`.
@@ -77,22 +78,36 @@ class Decoder:
         if count == 0:
             return self.zeros()
         padded = tf.pad(tf.cast(tokens, tf.int32), [[0, 0], [0, self._padded(count) - count]])
-        return self._prefill(padded, tf.constant(count))
+        return self._prefill(padded, tf.constant(count), conditions)
 
-    def step(self, state, token, position):
+    def step(self, state, token, position, conditions=None):
         """One position: its logits `[batch, vocab_size]`, and the state behind it.
 
         Args:
             state: what the positions before left.
             token: int32 `[batch]`, the token before it; at position 0 it does not matter.
             position: from 0.
+            conditions: as for `prefill`.
         """
         if not 0 <= position < self.length:
             raise ValueError(f"position must be from 0 to {self.length - 1}. Received: position={position}")
-        return self._one_step(state, tf.convert_to_tensor(token, tf.int32), tf.constant(position, tf.int32))
+        token, position = tf.convert_to_tensor(token, tf.int32), tf.constant(position, tf.int32)
+        return self._one_step(state, token, position, conditions)
 
     def draw(
-        self, state, token, ended, position, count, seed, temperature=1.0, top_k=None, top_p=None, stop=(), most=64
+        self,
+        state,
+        token,
+        ended,
+        position,
+        count,
+        seed,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        stop=(),
+        most=64,
+        conditions=None,
     ):
         """Draws tokens one after another, without Python between them.
 
@@ -106,6 +121,7 @@ class Decoder:
             temperature, top_k, top_p: see `draw`.
             stop: tokens behind which a sample ends.
             most: for how many the function is compiled.
+            conditions: as for `prefill`.
 
         Returns:
             Tokens `[batch, most]`; how many of each row were drawn, fewer than `count` where all samples have ended;
@@ -130,6 +146,7 @@ class Decoder:
             tf.constant(list(stop), tf.int32),
             filters,
             most,
+            conditions,
         )
 
     def _padded(self, count):
@@ -167,18 +184,21 @@ class Decoder:
         model = self.model
         return model.logits(tf.cast(model.final_norm(x), model.logits.compute_dtype))
 
-    def _step(self, weights, state, token, position):
+    def _step(self, weights, state, token, position, conditions):
         """Logits of a position and the state behind it: by the op where it runs, else by TensorFlow's own."""
+        embedded = self.model.embedding.step(token, position, conditions)
         part_reads = [cache.part_reads for cache in self.caches]
         sizes = weights.hidden_kernel.shape[1:] + (self.model.key_dim, self.model.value_dim)
         if ops.runs_residual_stack_decode(weights.hidden_kernel.dtype, self.cache_dtype, sizes, part_reads):
-            return self._step_by_op(weights, part_reads, state, token, position)
-        return self._step_by_blocks(weights, state, token, position)
+            x, state = self._step_by_op(weights, part_reads, state, embedded, position)
+        else:
+            x, state = self._step_by_blocks(weights, state, embedded, position)
+        return self._logits(x)[: self.batch_size, 0], state
 
-    def _step_by_op(self, weights, part_reads, state, token, position):
+    def _step_by_op(self, weights, part_reads, state, embedded, position):
         model, tensors = self.model, list(itertools.chain(*state))
         x, keys, values = ops.residual_stack_decode(
-            model.embedding.step(token, position)[:, 0],
+            embedded[:, 0],
             weights,
             part_reads,
             tf.concat([cache.reads(position) for cache in self.caches], 0),
@@ -191,9 +211,9 @@ class Decoder:
         )
         tensors = iter(itertools.chain(*zip(keys, values, strict=True)))
         state = [[next(tensors) for _ in of_cache] for of_cache in state]
-        return self._logits(x[:, None])[:, 0], state
+        return x[:, None], state
 
-    def _step_by_blocks(self, weights, state, token, position):
+    def _step_by_blocks(self, weights, state, embedded, position):
         def run(block, cache, layer, x, tensors):
             projected = block.split(block.query_key_value(x))
             query, key, value = (part[: self.batch_size, 0] for part in projected)
@@ -205,10 +225,10 @@ class Decoder:
         # XLA's product of one row by a matrix is six times slower on a CPU than that of two.
         alone = self.batch_size == 1 and not tf.config.list_logical_devices("GPU")
         rows = (lambda x: tf.repeat(x, 2, 0)) if alone else tf.identity
-        x, state = self._over_blocks(run, weights, rows(self.model.embedding.step(token, position)), state)
-        return self._logits(x)[: self.batch_size, 0], state
+        x, state = self._over_blocks(run, weights, rows(embedded), state)
+        return x, state
 
-    def _fill(self, tokens, count):
+    def _fill(self, tokens, count, conditions):
         def run(block, cache, layer, x, tensors):
             projected = block.query_key_value(x)
             _, key, value = block.split(projected)
@@ -223,9 +243,11 @@ class Decoder:
             return block.add_feed_forward(x, block.hidden(x)), tensors
 
         weights = self.model.stack.stacked_weights()
-        return self._over_blocks(run, weights, self.model.embedding(tokens), self.zeros())[1]
+        return self._over_blocks(run, weights, self.model.embedding(tokens, conditions), self.zeros())[1]
 
-    def _draw(self, state, token, ended, position, count, seed, temperature, top_k, top_p, stop, filters, most):
+    def _draw(
+        self, state, token, ended, position, count, seed, temperature, top_k, top_p, stop, filters, most, conditions
+    ):
         weights = self.model.stack.stacked_weights()  # once, not for every token
 
         def going_on(drawn, token, ended, *_):
@@ -233,7 +255,7 @@ class Decoder:
 
         def one(drawn, token, ended, tokens, state):
             at = position + drawn
-            logits, state = self._step(weights, state, token, at)
+            logits, state = self._step(weights, state, token, at, conditions)
             of_position = tf.stack([seed, tf.cast(at, tf.int64)])
             new = draw(logits, temperature, of_position, *((top_k, top_p) if filters else ()))
             new = tf.where(ended, token, new)

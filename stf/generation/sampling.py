@@ -37,6 +37,7 @@ class Sampler:
         top_p: draw from the fewest likeliest tokens whose probabilities add up to p or more.
         stop: a token or several: a sample ends behind the first that it draws, and repeats it from there on.
         cache_dtype: of the keys and values that are kept; the dtype that the model computes in unless given.
+        conditions: integers `[condition]` or `[batch, condition]`, of a model that has them; all 0 unless given.
 
     Attributes:
         tokens: int32 `[batch, position]`, the prefix and what was drawn, a NumPy array.
@@ -60,6 +61,7 @@ class Sampler:
         top_p=None,
         stop=None,
         cache_dtype=None,
+        conditions=None,
     ):
         length = model.length if length is None else positive("length", length)
         seed = seed_or_none(seed)
@@ -68,6 +70,7 @@ class Sampler:
         stop = _stop(stop, model.vocab_size)
         seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         self._options = dict(seed=seed, temperature=float(temperature), top_k=top_k, top_p=top_p, stop=stop)
+        self._conditions = _conditions(conditions, len(prefix), model.conditions)
         self.length = length
         self.decoder = _decoder_of(model, len(prefix), length, cache_dtype)
         # One tuple, so that an interruption finds all of it as it was or all as it is now: tokens, the decoder's state
@@ -106,11 +109,11 @@ class Sampler:
     def _draw(self, count):
         before, state, ended = self._drawn
         if state is None:
-            state = self.decoder.prefill(before)
+            state = self.decoder.prefill(before, self._conditions)
         position = before.shape[1]
         last = before[:, -1] if position else np.zeros(len(before), np.int32)
         tokens, drawn, ended, state = self.decoder.draw(
-            state, last, ended, position, count, most=CHUNK, **self._options
+            state, last, ended, position, count, most=CHUNK, conditions=self._conditions, **self._options
         )
         self._drawn = np.concatenate([before, tokens[:, : int(drawn)].numpy()], 1), state, ended.numpy()
 
@@ -163,6 +166,23 @@ def _stop(stop, vocab_size):
         if np.asarray(token).dtype.kind not in "iu" or not 0 <= token < vocab_size:
             raise ValueError(f"stop must be tokens from 0 to {vocab_size - 1}. Received: stop={stop!r}")
     return tuple(int(token) for token in tokens)
+
+
+def _conditions(conditions, batch_size, sizes):
+    """The conditions of samples, int32 `[batch, condition]`, or None; ValueError where they do not fit."""
+    if conditions is None:
+        return None
+    found = np.asarray(conditions)
+    if found.ndim == 1:
+        found = np.tile(found, (batch_size, 1))
+    if found.shape != (batch_size, len(sizes)) or not len(sizes) or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"conditions must be integers [{len(sizes)}] or [{batch_size}, {len(sizes)}], of a model that has them. "
+            f"Received: conditions={conditions!r}"
+        )
+    if (found < 0).any() or (found >= np.array(sizes)).any():
+        raise ValueError(f"conditions must be from 0 to below {sizes}. Received: conditions={conditions!r}")
+    return tf.constant(found, tf.int32)
 
 
 def _prefix(prefix, batch_size, length, vocab_size):

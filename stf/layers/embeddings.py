@@ -22,6 +22,9 @@ class SequenceEmbedding(keras.layers.Layer):
     code) a learned start vector is put in front and the last position dropped, so that position t
     sees the tokens before t.
 
+    What a sequence is may be given too: `conditions` are ints, each an index into a table of its own (a class; the
+    transformation of an image, as in Jun et al. 2020), whose vectors are added at every position.
+
     Examples:
         >>> stf.layers.SequenceEmbedding(256, 64, position_shape=(32, 32, 3))(tf.zeros([1, 3072], tf.int32)).shape
         TensorShape([1, 3072, 64])
@@ -33,9 +36,11 @@ class SequenceEmbedding(keras.layers.Layer):
         init: of the paper's initialization, see `paper_initializer`: tokens N(0, 0.125 / sqrt(d))
             and places N(0, 0.125 / sqrt(d n_emb)). The start vector is as a token.
         seed: int that fixes the initial values, or None.
+        conditions: ints, how many values each condition of a sequence has; there are none unless given.
 
     Call arguments:
         tokens: integers `[batch, position]`, below `vocab_size`.
+        conditions: integers `[batch, condition]`, each below its size; all 0 unless given.
 
     Returns:
         `[batch, position, model_dim]`.
@@ -45,7 +50,7 @@ class SequenceEmbedding(keras.layers.Layer):
         InvalidArgumentError: for such a sequence of dynamic length, when it runs.
     """
 
-    def __init__(self, vocab_size, model_dim, position_shape, init="released", seed=None, **kwargs):
+    def __init__(self, vocab_size, model_dim, position_shape, init="released", seed=None, conditions=(), **kwargs):
         super().__init__(**kwargs)
         self.vocab_size = positive("vocab_size", vocab_size)
         self.model_dim = positive("model_dim", model_dim)
@@ -54,6 +59,7 @@ class SequenceEmbedding(keras.layers.Layer):
             raise ValueError(f"`init` must be one of {INITIALIZATIONS}. Received: init={init!r}")
         self.init = init
         self.seed = seed_or_none(seed)
+        self.conditions = () if conditions in ((), []) else positives("conditions", conditions)
 
     @property
     def longest(self):
@@ -77,15 +83,28 @@ class SequenceEmbedding(keras.layers.Layer):
             )
             for k, size in enumerate(self.position_shape)
         ]
+        first = 2 + len(self.position_shape)
+        self.condition_tables = [
+            self.add_weight(name=f"condition_{k}", shape=(size, self.model_dim), initializer=initializer(first + k))
+            for k, size in enumerate(self.conditions)
+        ]
 
-    def call(self, tokens):
+    def call(self, tokens, conditions=None):
         places = self._places(tokens)
         batch = tf.shape(tokens)[0]
         start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.model_dim])
         # Only what stays is looked up: the last token predicts nothing.
         shifted = _look_up(tf.cast(self.tokens, self.compute_dtype), tf.cast(tokens[:, :-1], tf.int32)) + places
         # An empty sequence has no room for the start vector.
-        return tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
+        embedded = tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
+        return embedded + self._of_conditions(conditions, batch)[:, None] if self.conditions else embedded
+
+    def _of_conditions(self, conditions, batch):
+        """The sum of the conditions' vectors, `[batch, model_dim]`."""
+        if conditions is None:
+            conditions = tf.zeros([batch, len(self.conditions)], tf.int32)
+        tables = [tf.cast(table, self.compute_dtype) for table in self.condition_tables]
+        return tf.add_n([_look_up(table, tf.cast(conditions[:, k], tf.int32)) for k, table in enumerate(tables)])
 
     def _places(self, tokens):
         """Place vectors of all positions but the last, `[position - 1, model_dim]`."""
@@ -109,12 +128,13 @@ class SequenceEmbedding(keras.layers.Layer):
             total += tf.reshape(tf.cast(table, self.compute_dtype), shape)
         return tf.reshape(total, [self.longest, self.model_dim])[: tf.maximum(positions - 1, 0)]
 
-    def step(self, token, position):
+    def step(self, token, position, conditions=None):
         """What `call` gives for one `position`, from the token before it.
 
         Args:
             token: integers `[batch]`, the token at `position - 1`; ignored at position 0.
             position: int or scalar tensor.
+            conditions: as for `call`.
 
         Returns:
             `[batch, 1, model_dim]`.
@@ -125,9 +145,12 @@ class SequenceEmbedding(keras.layers.Layer):
             index = before // math.prod(self.position_shape[k + 1 :]) % self.position_shape[k]
             vector += tf.gather(table.value, index)
         vector = tf.where(tf.equal(position, 0), self.start.value, vector)
-        return tf.cast(vector, self.compute_dtype)[:, None]
+        vector = tf.cast(vector, self.compute_dtype)
+        if self.conditions:
+            vector += self._of_conditions(conditions, tf.shape(token)[0])
+        return vector[:, None]
 
-    def compute_output_shape(self, tokens_shape):
+    def compute_output_shape(self, tokens_shape, conditions_shape=None):
         return (*tokens_shape, self.model_dim)
 
     def get_config(self):
@@ -138,6 +161,7 @@ class SequenceEmbedding(keras.layers.Layer):
             "position_shape": self.position_shape,
             "init": self.init,
             "seed": self.seed,
+            "conditions": self.conditions,
         }
 
 

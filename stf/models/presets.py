@@ -52,6 +52,14 @@ PRESETS = {
     "cifar10": _CIFAR10,
     "cifar10-dense": _CIFAR10 | {"patterns": [Causal()]},  # P: Table 2
     "cifar10-fixed": _CIFAR10 | {"patterns": [Fixed(128, 32)]},  # P: Table 2; C: l and c as for text
+    "cifar10-augmented": _CIFAR10
+    | {
+        "num_blocks": 82,  # C: 150M parameters (F), with heads of cifar10's depths
+        "num_heads": 4,  # C
+        "model_dim": 512,  # C
+        "ff_dim": 1024,  # C: half-size as cifar10's
+        "conditions": (2, 4, 6),  # F: transpositions, rotations, orders of the colours, each told to the model
+    },
     "cifar10-released": _CIFAR10 | {"patterns": [Local(96)] * 3 + [Strided(96)]},  # F: 3 local to 1 strided
     "cifar10-small": {
         "length": 3072,  # P
@@ -69,6 +77,7 @@ PRESETS = {
     "enwik8": _ENWIK8,
     "enwik8-dense": _ENWIK8 | {"patterns": [Causal()]},  # P: Table 2
     "enwik8-strided": _ENWIK8 | {"patterns": [Local(128) | Strided(128)]},  # P: Table 2; C: merged, as fixed is
+    "enwik8-windows": _ENWIK8 | {"patterns": [Local(128)] * 3 + [Local(2048)]},  # C: a long window in each fourth block
     "enwik8-small": {
         "length": 1024,  # C, as all below: see cifar10-small
         "position_shape": (32, 32),  # C: l close to the root of the length (P)
@@ -143,7 +152,7 @@ def count_parameters(config, vocab_size=256):
     """How many parameters the model of a configuration has, without making it.
 
     Biases on query, key, value, output and both feed-forward layers, two normalisations a block and a last one, tables
-    of tokens and of each axis of positions, untied logits without bias, and the start vector.
+    of tokens, of each axis of positions and of each condition, untied logits without bias, and the start vector.
 
     Args:
         config: arguments of `SparseTransformer`, as in `PRESETS`.
@@ -156,7 +165,7 @@ def count_parameters(config, vocab_size=256):
     hidden = given.get("ff_dim", 4 * d)
     attention = 2 * (d + 1) * keys + (d + 1) * values + (values + 1) * d
     block = attention + (d + 1) * hidden + (hidden + 1) * d + 2 * 2 * d
-    embeddings = (vocab_size + sum(config["position_shape"]) + 1) * d
+    embeddings = (vocab_size + sum(config["position_shape"]) + sum(config.get("conditions", ())) + 1) * d
     return config["num_blocks"] * block + embeddings + 2 * d + vocab_size * d
 
 

@@ -54,6 +54,7 @@ RECIPES = {
     "cifar10": _CIFAR10,
     "cifar10-dense": _CIFAR10,
     "cifar10-fixed": _CIFAR10,
+    "cifar10-augmented": _CIFAR10,
     "cifar10-released": _CIFAR10
     | {
         "warmup_steps": 15_000,  # F
@@ -64,6 +65,7 @@ RECIPES = {
     "enwik8": _ENWIK8,
     "enwik8-dense": _ENWIK8,
     "enwik8-strided": _ENWIK8,
+    "enwik8-windows": _ENWIK8,
     "enwik8-small": _SMALL | {"batch_size": 8, "steps": 1_000},
     "imagenet64": _IMAGENET64,
     "imagenet64-96": _IMAGENET64,

@@ -1,10 +1,13 @@
 """The Sparse Transformer (Child et al. 2019, Section 5)."""
 
+import itertools
 import math
 import pathlib
 
 import keras
+import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from stf import patterns as stf_patterns
 from stf.distribution.steps import ReplicatedTrainer
@@ -48,9 +51,13 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         vocab_size: number of tokens.
         init: how the paper's N(0, 0.125 / sqrt(fan_in)) is read, see `stf.layers.paper_initializer`.
         seed: of initialisation and dropout.
+        conditions: how many values each condition of a sequence has, for a model that is told more than the tokens: its
+            class, or the transformation of its image (`stf.data.ImageTransformations`). See
+            `stf.layers.SequenceEmbedding`.
 
     Call arguments:
-        inputs: integer tokens `[batch, position]`, below `vocab_size`.
+        inputs: integer tokens `[batch, position]`, below `vocab_size`; or a tuple of those and of the conditions,
+            integers `[batch, condition]`, which are all 0 unless given.
 
     Returns:
         Logits `[batch, position, vocab_size]`, float32 (float64 under that policy).
@@ -75,6 +82,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         vocab_size=256,
         init="released",
         seed=None,
+        conditions=(),
         **kwargs,
     ):
         super().__init__(**{"autocast": False} | kwargs)  # of inputs: tokens are no numbers to cast
@@ -111,8 +119,16 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         self.seed = seed = seed_or_none(seed)
         policy = {"dtype": self.dtype_policy}
         self.embedding = SequenceEmbedding(
-            vocab_size, model_dim, self.position_shape, init=init, seed=seed, name="embedding", **policy
+            vocab_size,
+            model_dim,
+            self.position_shape,
+            init=init,
+            seed=seed,
+            conditions=conditions,
+            name="embedding",
+            **policy,
         )
+        self.conditions = self.embedding.conditions
         # W2 and W_p are scaled by 1 / sqrt(2 N) (Section 6), so that the residual stream begins at unit size.
         residual = (2 * num_blocks) ** -0.5
         self.stack = SparseResidualStack(
@@ -226,7 +242,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             input_signature = [keras.InputSpec(shape=(None, None), dtype="int32")]
         return super().export(filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
 
-    def attention_weights(self, tokens, positions, blocks=None):
+    def attention_weights(self, tokens, positions, blocks=None, conditions=None):
         """What chosen queries attend to, block by block; nothing of size n x n is made.
 
         The query at position t is the one that predicts token t, and key j stands for the tokens before the
@@ -236,6 +252,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             tokens: integers `[batch, position]`.
             positions: query positions.
             blocks: indices of the blocks to look at; all unless given.
+            conditions: as for a call.
 
         Returns:
             For each block what `SparseAttention.attention_weights` gives: for each head, for each position,
@@ -243,7 +260,8 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         """
         blocks = list(range(self.num_blocks)) if blocks is None else list(blocks)
         found = {}
-        for index, stream in enumerate(self.stack.hidden(self.embedding(tf.convert_to_tensor(tokens)))):
+        embedded = self.embedding(tf.convert_to_tensor(tokens), conditions)
+        for index, stream in enumerate(self.stack.hidden(embedded)):
             if index in blocks:
                 block = self.stack.block(index)
                 query, key, _ = block.split(block.query_key_value(stream))
@@ -252,8 +270,51 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
                 break
         return [found[index] for index in blocks]
 
+    def features(self, tokens, block=None, batch_size=16, verbose=0):
+        """What a model knows of whole sequences: the mean over positions of a block's normalized output.
+
+        For a linear classifier, a search for what is alike, a map of a data set. The middle of a generative model
+        tells more than its end, which is busy with the next token (Chen et al. 2020, "Generative pretraining from
+        pixels").
+
+        Args:
+            tokens: integers `[sequence, position]`.
+            block: behind which block, from 0 on; the middle one unless given.
+            batch_size: sequences that go through the model at a time.
+            verbose: 1 shows a progress bar.
+
+        Returns:
+            float32 NumPy array `[sequence, model_dim]`.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        block = (self.num_blocks - 1) // 2 if block is None else block
+        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < self.num_blocks:
+            raise ValueError(f"block must be an int from 0 to {self.num_blocks - 1}. Received: block={block!r}")
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens must be integers [sequence, position]. "
+                f"Received: tokens of shape {tokens.shape} and dtype {tokens.dtype}"
+            )
+
+        @tf.function(reduce_retracing=True)
+        def of_batch(tokens):
+            streams = self.stack.hidden(self.embedding(tokens))
+            x = tf.cast(next(itertools.islice(streams, block + 1, None)), tf.float32)
+            mean, variance = tf.nn.moments(x, axes=-1, keepdims=True)
+            return tf.reduce_mean((x - mean) * tf.math.rsqrt(variance + self.final_norm.epsilon), axis=1)
+
+        found = [np.zeros((0, self.model_dim), np.float32)]
+        batches = range(0, len(tokens), positive("batch_size", batch_size))
+        for begin in tqdm(batches, "features", disable=not verbose, unit="batch"):
+            found.append(of_batch(tf.constant(tokens[begin : begin + batch_size], tf.int32)).numpy())
+        return np.concatenate(found)
+
     def call(self, inputs, training=None):
         """Logits; see the class."""
+        inputs, conditions = self._tokens_and_conditions(inputs)
         if not tf.as_dtype(inputs.dtype).is_integer:
             raise ValueError(
                 f"inputs must be integer tokens. Received: inputs of dtype {tf.as_dtype(inputs.dtype).name}"
@@ -262,14 +323,30 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             raise ValueError(
                 f"inputs must have at most length={self.length} positions. Received: inputs of shape {inputs.shape}"
             )
-        x = self.stack(self.embedding(inputs), training=training)
+        x = self.stack(self.embedding(inputs, conditions), training=training)
         return self.logits(tf.cast(self.final_norm(x), self.logits.compute_dtype))
+
+    def _tokens_and_conditions(self, inputs):
+        """The parts of what the model is called with; conditions are None where they are not given."""
+        if not isinstance(inputs, tuple | list):
+            return inputs, None
+        if len(inputs) != 2 or not self.conditions:
+            raise ValueError(
+                f"inputs must be tokens{', or tokens and conditions' if self.conditions else ''}: the model has "
+                f"conditions={self.conditions}. Received: {len(inputs)} inputs"
+            )
+        tokens, conditions = inputs
+        if not tf.as_dtype(conditions.dtype).is_integer or conditions.shape[1:] != (len(self.conditions),):
+            raise ValueError(
+                f"conditions must be integers [batch, {len(self.conditions)}]. "
+                f"Received: conditions of shape {conditions.shape} and dtype {tf.as_dtype(conditions.dtype).name}"
+            )
+        return tokens, conditions
 
     def compute_output_spec(self, inputs, training=None):
         """Shape and dtype of the logits, for symbolic calls."""
-        if not self.built:
-            self.build(inputs.shape)
-        return keras.KerasTensor((*inputs.shape, self.vocab_size), self.logits.compute_dtype)
+        tokens, _ = self._tokens_and_conditions(inputs)
+        return keras.KerasTensor((*tokens.shape, self.vocab_size), self.logits.compute_dtype)
 
     def generate(
         self,
@@ -284,6 +361,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         stop=None,
         callback=None,
         cache_dtype=None,
+        conditions=None,
     ):
         """Draws samples, or completes prefixes: the prefix in one pass, then one token after another, with caches.
 
@@ -302,6 +380,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             stop: a token or several: a sample ends behind the first that it draws, and repeats it from there on.
             callback: function that is given what was drawn, int32 `[batch, position]`, every so many tokens.
             cache_dtype: of the keys and values that are kept; the dtype that the model computes in unless given.
+            conditions: integers `[condition]` or `[batch, condition]`, of a model that has them; all 0 unless given.
 
         Returns:
             int32 NumPy array `[batch, length]`; with `stop` as long as the longest sample.
@@ -321,6 +400,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             top_p=top_p,
             stop=stop,
             cache_dtype=cache_dtype,
+            conditions=conditions,
         )
 
     def score(self, tokens, batch_size=16, verbose=0):
@@ -355,6 +435,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             "vocab_size": self.vocab_size,
             "init": self.init,
             "seed": self.seed,
+            "conditions": self.conditions,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
         }
 

@@ -1,5 +1,6 @@
 """Batches, entropy, splits and the fallback's photographs."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -7,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+import stf
 from stf.data import batches, cifar10, order0_entropy, photographs
 
 SHARED = pathlib.Path(os.environ.get("STF_SHARED_DATA", pathlib.Path(__file__).parents[3] / "shared" / "data"))
@@ -110,3 +112,76 @@ def test_orders_of_epochs_and_seeds_are_unlike():
 def test_batches_say_what_they_take(sequences):
     with pytest.raises(ValueError, match=r"uint8 array \[examples, length\]. Received: sequences of dtype"):
         batches(sequences, 2)
+
+
+def pictures(count, side=6, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, side * side * 3)).astype(np.uint8)
+
+
+def transformed_by_hand(image, transposed, turns, order):
+    """An image `[row, column, channel]` by numpy's own words for it."""
+    image = np.transpose(image, (1, 0, 2)) if transposed else image
+    return np.rot90(image, turns)[..., list(order)]
+
+
+def test_each_transformation_is_what_its_conditions_say():
+    transformations = stf.data.ImageTransformations((6, 6, 3))
+    assert transformations.sizes == (2, 4, 6)
+    image = pictures(1)
+    orders = [*itertools.permutations(range(3))]
+    seen = set()
+    for conditions in itertools.product(*map(range, transformations.sizes)):
+        found = transformations(image, np.array([conditions])).numpy()[0]
+        transposed, turns, order = conditions
+        want = transformed_by_hand(image.reshape(6, 6, 3), transposed, turns, orders[order])
+        np.testing.assert_array_equal(found, want.reshape(-1))
+        seen.add(found.tobytes())
+    assert len(seen) == 48  # none is another under a different name
+    np.testing.assert_array_equal(transformations(image, np.zeros((1, 3), int)), image)
+
+
+def test_batches_are_transformed_as_their_conditions_say_whoever_asks():
+    images = pictures(10)
+    transformations = stf.data.ImageTransformations((6, 6, 3), rotations=False)
+    assert transformations.sizes == (2, 6)
+    plain = batches(images, 4, seed=3)
+    told = batches(images, 4, seed=3, transformations=transformations)
+    shards = [batches(images, 4, 3, 0, (index, 2), transformations) for index in range(2)]
+    skipped = iter(batches(images, 4, 3, 1, transformations=transformations))
+    for number, ((original, _), ((tokens, conditions), targets), *parts) in enumerate(
+        zip(plain.take(5), told, *shards, strict=False)
+    ):
+        np.testing.assert_array_equal(tokens, targets)
+        np.testing.assert_array_equal(tokens, transformations(original, conditions))
+        for index, ((of_shard, its_conditions), _) in enumerate(parts):
+            np.testing.assert_array_equal(of_shard, tokens[index::2])
+            np.testing.assert_array_equal(its_conditions, conditions[index::2])
+        if number:
+            np.testing.assert_array_equal(next(skipped)[0][0], tokens)
+
+
+def test_transformations_are_drawn_evenly():
+    transformations = stf.data.ImageTransformations((6, 6, 3))
+    drawn = np.concatenate([transformations.draw(16, [batch, 7]).numpy() for batch in range(600)])
+    for k, size in enumerate(transformations.sizes):
+        counts = np.bincount(drawn[:, k], minlength=size)
+        assert np.abs(counts / len(drawn) - 1 / size).max() < 4 * (1 / size / len(drawn)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: stf.data.ImageTransformations((4, 6, 3)), r"shape=\(4, 6, 3\)"),
+        (lambda: stf.data.ImageTransformations((4, 4, 3), False, False, False), "Received: none"),
+        (lambda: stf.data.ImageTransformations((16,)), r"shape=\(16,\)"),
+        (lambda: batches(pictures(4), 2, transformations=stf.data.ImageTransformations((6, 6, 3))), "seed=None"),
+        (lambda: batches(pictures(4), 2, 0, transformations=stf.data.ImageTransformations((4, 4, 3))), "108 bytes"),
+    ],
+)
+def test_transformations_that_do_not_fit_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_colors_alone_take_any_shape():
+    assert stf.data.ImageTransformations((4, 6, 3), transpositions=False, rotations=False).sizes == (6,)

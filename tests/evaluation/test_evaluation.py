@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import stf
 from stf.data import Stream, batches, windows
@@ -107,3 +108,67 @@ def test_scores_of_what_is_no_token_are_refused(tokens, says):
     model = stf.models.SparseTransformer(12, (3, 4), [stf.patterns.Local(3)], 1, 2, 8, vocab_size=7)
     with pytest.raises(ValueError, match=says):
         model.score(tokens)
+
+
+def gradient(model, tokens, counts):
+    """Of the mean loss of the tokens that count, by Keras' own loss."""
+    with tf.GradientTape() as tape:
+        losses = keras.losses.sparse_categorical_crossentropy(tokens, model(tokens), from_logits=True)
+        mean = tf.reduce_sum(losses * counts) / tf.reduce_sum(counts)
+    return tape.gradient(mean, model.trainable_weights)
+
+
+def test_dynamic_evaluation_scores_before_it_learns():
+    """Two windows, by hand: the second is scored by weights that one step of the first has moved."""
+    model, stream, rate, decay = make(dropout=0.5), data(2).reshape(-1), 0.02, 0.3
+    windows_of_it = windows(stream, 24, 1)
+    before = model.get_weights()
+    scales = stf.evaluation.gradient_scales(model, windows_of_it, verbose=0)
+    found = stf.evaluation.evaluate_dynamically(model, windows_of_it, scales, rate, decay, verbose=0)
+    for was, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+    copy = stf.models.SparseTransformer.from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    first, second = (stream[None, begin : begin + 24].astype("int32") for begin in (0, 24))
+    counts = np.ones((1, 24), np.float32)
+    gradients = [
+        [tf.convert_to_tensor(g).numpy() for g in gradient(copy, tokens, counts)] for tokens in (first, second)
+    ]
+    for scale, a, b in zip(scales, *gradients, strict=True):
+        np.testing.assert_allclose(scale, np.sqrt((a**2 + b**2) / 2), rtol=1e-3, atol=1e-6)
+    want = [-copy.score(first)]
+    for weight, g, scale in zip(copy.trainable_variables, gradients[0], scales, strict=True):
+        weight.assign(weight - rate * g / (scale + 1e-5))  # nothing goes back yet
+    want.append(-copy.score(second))
+    np.testing.assert_allclose(found.losses, np.concatenate(want, 1)[0], atol=2e-4)
+    assert np.abs(found.losses - stf.evaluation.evaluate(model, windows_of_it, verbose=0).losses)[24:].max() > 0.01
+
+
+def test_dynamic_evaluation_learns_what_repeats_and_goes_back_by_decay():
+    model, stream = make(), np.tile(data(1).reshape(-1), 6)
+    read = windows(stream, 24, 1, context=12)
+    scales = stf.evaluation.gradient_scales(model, read, verbose=0)
+    still = stf.evaluation.evaluate(model, read, verbose=0)
+    bits = {
+        (rate, decay): stf.evaluation.evaluate_dynamically(model, read, scales, rate, decay, verbose=0).bits
+        for rate, decay in ((0, 0.5), (3e-3, 0.0), (3e-3, 1.0))
+    }
+    assert bits[0, 0.5] == pytest.approx(still.bits, abs=1e-4)
+    assert bits[3e-3, 0.0] < bits[3e-3, 1.0] < still.bits
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"decay": 2.0}, "decay=2.0"),
+        ({"scales": []}, "Received: 0"),
+    ],
+)
+def test_dynamic_evaluation_refuses_what_makes_no_sense(changed, says):
+    model = make()
+    arguments = {"scales": [np.ones(weight.shape) for weight in model.trainable_variables]} | changed
+    with pytest.raises(ValueError, match=says):
+        stf.evaluation.evaluate_dynamically(model, windows(data(2).reshape(-1), 24, 1), verbose=0, **arguments)

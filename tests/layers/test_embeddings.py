@@ -93,3 +93,16 @@ def test_initial_values_follow_the_paper():
     assert stddev == pytest.approx(
         {"released": 0.011049, "standard_deviation": 0.00390625, "variance": 0.0441942}, rel=1e-4
     )
+
+
+def test_conditions_are_added_at_every_position():
+    plain, told = (SequenceEmbedding(7, 4, (3, 2), seed=1, conditions=sizes) for sizes in ((), (3, 2)))
+    tokens = np.array([[1, 2, 3, 4, 5, 6]] * 2)
+    conditions = np.array([[2, 1], [0, 0]])
+    tables = [plain(tokens), told(tokens, conditions)]
+    first, second = (table.numpy() for table in told.condition_tables)
+    np.testing.assert_allclose(tables[1][0] - tables[0][0], np.tile(first[2] + second[1], (6, 1)), atol=1e-6)
+    np.testing.assert_allclose(told(tokens) - plain(tokens), np.tile(first[0] + second[0], (2, 6, 1)), atol=1e-6)
+    for position in range(6):
+        step = told.step(tokens[:, position - 1], position, conditions)
+        np.testing.assert_allclose(step[:, 0], tables[1][:, position], atol=1e-6)

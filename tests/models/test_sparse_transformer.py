@@ -334,3 +334,56 @@ def test_sizes_may_be_numpys(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert {name: loaded.get_config()[name] for name in sizes} == sizes
     np.testing.assert_array_equal(loaded(tokens()), model(tokens()))
+
+
+def test_conditions_are_told_saved_and_counted(tmp_path):
+    model = make(conditions=(3, 2))
+    x = tokens(4)
+    told = np.array([[0, 0], [1, 0], [2, 1], [2, 0]], "int32")
+    logits = model((x, told)).numpy()
+    np.testing.assert_array_equal(model(x).numpy()[0], logits[0])  # all 0 unless given
+    for row in range(1, 4):  # at every position, the first too
+        assert np.abs(logits[row] - model(x).numpy()[row]).max(-1).min() > 1e-3
+    model.save(tmp_path / "told.keras")
+    again = keras.saving.load_model(tmp_path / "told.keras")
+    assert again.conditions == (3, 2)
+    np.testing.assert_array_equal(again((x, told)), logits)
+    config = model.get_config() | {"vocab_size": 11}
+    assert stf.models.presets.count_parameters(config, 11) == model.count_params()
+    assert make().count_params() == model.count_params() - 5 * 8
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_told_model_learns_what_its_conditions_say(jit_compile):
+    """Two classes of sequences, each one token repeated: only the class says the first token."""
+    keras.utils.set_random_seed(0)
+    model = make(conditions=(2,), num_blocks=1)
+    labels = np.arange(64).reshape(-1, 1) % 2
+    x = np.repeat(np.where(labels == 0, 3, 7), 24, axis=1).astype("int32")
+    model.compile(stf.training.optimizer(0.02), stf.training.cross_entropy(), jit_compile=jit_compile)
+    model.fit((x, labels.astype("int32")), x, batch_size=16, epochs=6, verbose=0)
+    assert np.exp(-model.compute_loss(y=x, y_pred=model((x, labels)))) > 0.8
+    for label, token in enumerate((3, 7)):
+        drawn = model.generate(2, temperature=0, conditions=[label], verbose=0)
+        np.testing.assert_array_equal(drawn, np.full((2, 24), token))
+    both = model.generate(temperature=0, prefix=x[:2, :5], conditions=labels[:2], verbose=0)
+    np.testing.assert_array_equal(both, x[:2])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model: model((tokens(), tokens(), tokens())), "3 inputs"),
+        (lambda model: make()((tokens(), np.zeros((2, 1), "int32"))), r"conditions=\(\)"),
+        (lambda model: model((tokens(), np.zeros((2, 1), "int32"))), r"shape \(2, 1\)"),
+        (lambda model: model((tokens(), np.zeros((2, 2), "float32"))), "float32"),
+        (lambda model: model.generate(conditions=[3, 0]), r"conditions=\[3, 0\]"),
+        (lambda model: model.generate(conditions=[0.5, 0]), r"conditions=\[0.5, 0\]"),
+        (lambda model: make().generate(conditions=[0]), r"conditions=\[0\]"),
+        (lambda model: make(conditions=(0,)), "conditions"),
+        (lambda model: make(conditions=3), "conditions=3"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(make(conditions=(3, 2)))
