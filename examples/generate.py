@@ -34,6 +34,7 @@ flags.DEFINE_integer("prefix_length", 0, "Tokens of the prefix to keep; 0 keeps 
 flags.DEFINE_integer("length", 0, "Tokens of a sample, the prefix included; 0 takes the model's.")
 flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.")
 flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
+flags.DEFINE_multi_integer("condition", None, "What a model that is told conditions is told, one flag for each.")
 flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens whose probabilities add up to p.")
 flags.DEFINE_integer("seed", 0, "Of the draws.")
 flags.DEFINE_bool("resume", False, "Go on with what an interrupted run has drawn.")
@@ -70,7 +71,18 @@ def write(tokens, output, shape):
 
 def settings():
     """What an interrupted run and the one that goes on must agree in."""
-    names = ("checkpoint", "count", "prefix", "prefix_length", "length", "temperature", "top_k", "top_p", "seed")
+    names = (
+        "checkpoint",
+        "count",
+        "condition",
+        "prefix",
+        "prefix_length",
+        "length",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+    )
     return {name: str(FLAGS[name].value) for name in names}
 
 
@@ -139,6 +151,7 @@ def main(_):
         seed=FLAGS.seed,
         top_k=FLAGS.top_k,
         top_p=FLAGS.top_p,
+        conditions=FLAGS.condition,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     draw(sampler, partial)

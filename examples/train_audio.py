@@ -34,12 +34,20 @@ def main(_):
     with stf.experiments.blamed_on("--path"):
         data = stf.data.audio.load(FLAGS.path, cache=FLAGS.cache)
     print(data.description)
-    length = stf.models.preset(options.preset)["length"]
+    config = stf.models.preset(options.preset)
+    length, log_dir = config["length"], run_dir / "log"
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))
+    maps = stf.callbacks.AttentionMaps(
+        log_dir,
+        max(validation.pieces, key=len)[:length],
+        view=stf.callbacks.views.WaveView(config["position_shape"]),
+        **stf.experiments.flags.map_options(),
+    )
     model = stf.experiments.run(
         lambda: stf.experiments.flags.make_model("bits_per_byte"),
         lambda done, shard: stf.data.crops(data.train, length, options.batch_size, options.seed, done, shard),
         lambda shard: stf.data.windows(validation, length, options.batch_size, shard=shard),
+        callbacks=[maps],
         **stf.experiments.flags.run_arguments(data.description, strategy),
     )
     if not stf.experiments.is_first(strategy):
@@ -49,13 +57,14 @@ def main(_):
     drawn = model.generate(length=min(length, FLAGS.sample), seed=options.seed)
     sample = run_dir / "sample.wav"
     stf.data.audio.write(sample, drawn[0])
+    stf.callbacks.log_audio(log_dir, "sample", drawn[0], stf.training.steps_taken(model.optimizer))
     print(f"sample: {sample}")
     print(
         f"test bits per byte: {found.bits:.3f} "
         f"(order-0 entropy of the same {found.tokens:,} bytes: {stf.data.order0_entropy(test):.3f})"
     )
     print(f"checkpoint: {run_dir / 'checkpoint.keras'}")
-    print(f"TensorBoard: tensorboard --logdir={run_dir / 'log'}")
+    print(f"TensorBoard: tensorboard --logdir={log_dir}")
 
 
 if __name__ == "__main__":

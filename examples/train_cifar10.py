@@ -50,11 +50,11 @@ def save_pictures(samples, half, run_dir):
     whole = half.reshape(completed.shape)
     hidden = whole.copy()
     hidden[:, whole.shape[1] // 2 :] = 0
-    for name, images, columns in (
-        ("samples", drawn, None),
-        ("completions", np.concatenate([hidden, completed, whole]), len(whole)),
+    for name, images, columns, caption in (
+        ("samples", drawn, None, "samples"),
+        ("completions", np.concatenate([hidden, completed, whole]), len(whole), "given, completed, whole"),
     ):
-        samples.write(name, images, columns)
+        samples.write(name, images, columns, samples.caption(caption))
         path = run_dir / f"{name}.png"
         Image.fromarray(stf.callbacks.drawing.grid(images, columns)).save(path)
         print(f"{name}: {path}")
@@ -79,7 +79,10 @@ def main(_):
             data.train, options.batch_size, options.seed, done, shard, transformations
         ),
         lambda shard: stf.data.batches(validation, options.batch_size, shard=shard),
-        callbacks=[stf.callbacks.AttentionMaps(log_dir, validation[0]), samples],
+        callbacks=[
+            stf.callbacks.AttentionMaps(log_dir, validation[0], **stf.experiments.flags.map_options()),
+            samples,
+        ],
         **stf.experiments.flags.run_arguments(data.description, strategy),
     )
     if not stf.experiments.is_first(strategy):

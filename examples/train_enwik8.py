@@ -33,12 +33,20 @@ def main(_):
     with stf.experiments.blamed_on("--path"):
         data = stf.data.files.load_enwik8(FLAGS.path)
     print(data.description)
-    length = stf.models.preset(options.preset)["length"]
+    config = stf.models.preset(options.preset)
+    length, log_dir = config["length"], run_dir / "log"
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))
+    maps = stf.callbacks.AttentionMaps(
+        log_dir,
+        max(validation.pieces, key=len)[:length],
+        view=stf.callbacks.views.TextView(config["position_shape"]),
+        **stf.experiments.flags.map_options(),
+    )
     model = stf.experiments.run(
         lambda: stf.experiments.flags.make_model("bits_per_byte"),
         lambda done, shard: stf.data.crops(data.train, length, options.batch_size, options.seed, done, shard),
         lambda shard: stf.data.windows(validation, length, options.batch_size, shard=shard),
+        callbacks=[maps],
         **stf.experiments.flags.run_arguments(data.description, strategy),
     )
     if not stf.experiments.is_first(strategy):
@@ -49,6 +57,7 @@ def main(_):
     drawn = model.generate(prefix=prefix, length=min(length, prefix.shape[1] + FLAGS.sample), seed=options.seed)
     sample = run_dir / "sample.txt"
     sample.write_bytes(drawn[0].astype("uint8").tobytes())
+    stf.callbacks.log_text(log_dir, "sample", drawn[0], stf.training.steps_taken(model.optimizer))
     packed = 8 * len(lzma.compress(test.tokens.tobytes(), preset=9)) / found.tokens
     print(f"sample: {sample}")
     print(
@@ -56,7 +65,7 @@ def main(_):
         f"order-0 entropy {stf.data.order0_entropy(test):.3f}, xz -9 {packed:.3f})"
     )
     print(f"checkpoint: {run_dir / 'checkpoint.keras'}")
-    print(f"TensorBoard: tensorboard --logdir={run_dir / 'log'}")
+    print(f"TensorBoard: tensorboard --logdir={log_dir}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main(_):
     if FLAGS.samples:
         samples.set_model(model)
         drawn = samples.images(verbose=1)
-        samples.write("samples", drawn)
+        samples.write("samples", drawn, caption=samples.caption())
         Image.fromarray(stf.callbacks.drawing.grid(drawn)).save(run_dir / "samples.png")
         print(f"samples: {run_dir / 'samples.png'}")
     print(f"validation bits per dim: {found.bits:.3f} ({found.tokens:,} bytes)")

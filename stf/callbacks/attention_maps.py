@@ -5,53 +5,75 @@ import numpy as np
 import tensorflow as tf
 
 from stf.callbacks import drawing
+from stf.callbacks.views import ImageView
 from stf.training import steps_taken
 
 
 class AttentionMaps(keras.callbacks.Callback):
-    """Shows where chosen output pixels look, for each layer and head, and what each pattern connects.
+    """Shows where chosen queries look, for each layer and head, and what each pattern connects.
 
     Made from the keys that the pattern gives each chosen query: nothing n x n is computed.
 
     Args:
         log_dir: TensorBoard's folder.
         tokens: one sequence, integers `[position]`, that the maps are made from.
-        image_shape: (rows, columns, channels) of the sequence.
-        queries: positions whose maps are shown, each as the model predicts its token; the middle of three rows
-            unless given. Key j of a map is what the model has read by then: the tokens before the j-th.
-        most_layers: layers shown, evenly spaced.
+        image_shape: (rows, columns, channels) of the sequence, where it is an image.
+        queries: positions whose maps are shown, each as the model predicts its token; a few unless given. Key j of a
+            map is what the model has read by then: the tokens before the j-th.
+        most_layers: layers shown, evenly spaced, unless `layers` says which.
         every: epochs between two maps; 0 draws at the end of training alone.
+        view: how the sequence is shown: `stf.callbacks.views.TextView`, `WaveView` for text and sound; an image unless
+            given.
+        layers: the layers that are shown.
+        heads: the heads that are shown; all unless given.
     """
 
-    def __init__(self, log_dir, tokens, image_shape=(32, 32, 3), queries=None, most_layers=8, every=1):
+    def __init__(
+        self,
+        log_dir,
+        tokens,
+        image_shape=(32, 32, 3),
+        queries=None,
+        most_layers=8,
+        every=1,
+        view=None,
+        layers=None,
+        heads=None,
+    ):
         super().__init__()
         self.log_dir = str(log_dir)
         self.tokens = np.asarray(tokens, np.int32)
-        self.image_shape = tuple(image_shape)
-        if self.tokens.shape != (int(np.prod(self.image_shape)),):
-            raise ValueError(
-                f"tokens must be one sequence of image_shape={self.image_shape}. "
-                f"Received: tokens of shape {self.tokens.shape}"
-            )
+        self.view = ImageView(image_shape) if view is None else view
+        self.view.check(self.tokens)
         n = len(self.tokens)
-        if queries is None:
-            rows, columns, channels = self.image_shape
-            queries = [(int(rows * part) * columns + columns // 2) * channels for part in (1 / 3, 1 / 2, 7 / 8)]
-        if not all(0 <= query < n for query in queries):
+        self.queries = list(self.view.queries(n) if queries is None else queries)
+        if not self.queries or not all(0 <= query < n for query in self.queries):
             raise ValueError(f"queries must be positions from 0 to {n - 1}. Received: queries={queries}")
-        self.queries = list(queries)
         self.most_layers = most_layers
         self.every = every
+        self._layers, self._heads = layers, heads
         self._step = None
+
+    def set_model(self, model):
+        """Takes the model, of which the chosen layers and heads must be."""
+        super().set_model(model)
+        for name, chosen, count in (
+            ("layers", self._layers, model.num_blocks),
+            ("heads", self._heads, model.num_heads),
+        ):
+            if chosen is not None and (not len(chosen) or not all(0 <= index < count for index in chosen)):
+                raise ValueError(f"{name} must be from 0 to {count - 1}. Received: {name}={chosen}")
 
     def figure(self, layers=None):
         """The maps of the model as it is: uint8 `[height, width, 3]`.
 
         Args:
-            layers: which; `most_layers` of them, evenly spaced, unless given.
+            layers: which; those of the callback unless given.
         """
         maps = self._maps(self.layers() if layers is None else list(layers))
-        columns = len(self.queries) * (1 if layers is not None else self.model.num_heads)
+        columns = self.view.columns(len(self.queries))
+        if layers is None and columns == len(self.queries):
+            columns *= len(self.heads())  # a line for each layer
         return self._figure([each for of_layer in maps for each in of_layer], columns)
 
     def _maps(self, layers):
@@ -60,26 +82,29 @@ class AttentionMaps(keras.callbacks.Callback):
         maps = []
         for layer, heads in zip(layers, found, strict=True):
             maps.append([])
-            for head, rows in enumerate(heads):
-                for query, (keys, weights) in zip(self.queries, rows, strict=True):
-                    row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
+            for head in self.heads():
+                for query, (keys, weights) in zip(self.queries, heads[head], strict=True):
                     name = _name(self.model.stack.pattern(layer), head)
-                    title = f"layer {layer}, head {head}\n{name}\nrow {row}, column {column}"
-                    maps[-1].append((drawing.attention_picture(keys, weights[0], query, self.image_shape), title))
+                    title = f"layer {layer}, head {head}\n{name}\n{self.view.place(self.tokens, query)}"
+                    maps[-1].append((self.view.attention(self.tokens, keys, weights[0], query), title))
         return maps
 
-    @staticmethod
-    def _figure(maps, columns):
+    def _figure(self, maps, columns):
         """(picture, title) pairs in so many columns, under a heading and over the bar that says what colours mean."""
         pictures, titles = zip(*maps, strict=True)
-        figure = drawing.panels(pictures, columns, titles, heading="Where chosen pixels (framed) look")
-        text = "root of the weight over the pixel's largest; grey: left out, black: later"
-        return drawing.under(figure, drawing.colour_bar(min(figure.shape[1] - 16, 480), text))
+        figure = drawing.panels(pictures, min(columns, len(pictures)), titles, heading=self.view.heading)
+        return drawing.under(figure, drawing.colour_bar(min(figure.shape[1] - 16, 480), self.view.legend))
 
     def layers(self):
         """The layers that are shown."""
+        if self._layers is not None:
+            return list(self._layers)
         count = self.model.stack.num_blocks
         return np.unique(np.linspace(0, count - 1, min(self.most_layers, count)).astype(int)).tolist()
+
+    def heads(self):
+        """The heads that are shown."""
+        return list(range(self.model.num_heads) if self._heads is None else self._heads)
 
     def connectivity(self):
         """What each distinct pattern connects: uint8 `[height, width, 3]`."""
@@ -92,13 +117,10 @@ class AttentionMaps(keras.callbacks.Callback):
                     continue
                 seen.add(pattern)
                 name, shown = _name(whole, head), drawing.telling_positions(pattern, head, n)
-                side = self.image_shape[0] * 6
-                matrix = drawing.connectivity_picture(pattern, head, shown, side)
-                pictures += [
-                    drawing.reach_picture(pattern, head, query, self.image_shape),
-                    drawing.enlarge(matrix, max(1, side // len(matrix))),
-                ]
-                titles += [f"{name}\none pixel's keys", f"the first {shown} queries\ndown, keys across"]
+                reach = self.view.reach(pattern, head, query)
+                matrix = drawing.connectivity_picture(pattern, head, shown, len(reach))
+                pictures += [reach, drawing.enlarge(matrix, max(1, len(reach) // len(matrix)))]
+                titles += [f"{name}\n{self.view.reached}", f"the first {shown} queries\ndown, keys across"]
         return drawing.panels(pictures, 4, titles, heading="What the patterns connect")
 
     def write(self):
@@ -107,7 +129,7 @@ class AttentionMaps(keras.callbacks.Callback):
         with writer.as_default(step=steps_taken(self.model.optimizer)):
             layers = self.layers()
             for layer, maps in zip(layers, self._maps(layers), strict=True):  # a card each, so that it can be read
-                figure = self._figure(maps, len(self.queries))
+                figure = self._figure(maps, self.view.columns(len(self.queries)))
                 tf.summary.image(f"images/attention maps, layer {layer:03d}", figure[None])
             tf.summary.image("images/connectivity", self.connectivity()[None])
         writer.close()

@@ -13,13 +13,13 @@ def enlarge(image, factor):
     return np.repeat(np.repeat(image, factor, 0), factor, 1)
 
 
-def grid(images, columns=None, factor=4, gap=4):
-    """Images `[count, rows, columns, channels]` side by side in one, enlarged; uint8 RGB."""
+def grid(images, columns=None, factor=4, gap=4, caption=None):
+    """Images `[count, rows, columns, channels]` side by side in one, enlarged, under a caption; uint8 RGB."""
     images = np.asarray(images, np.uint8)
     if images.shape[-1] == 1:
         images = np.repeat(images, 3, -1)
     columns = columns or int(np.ceil(np.sqrt(2 * len(images))))
-    return panels([enlarge(image, factor) for image in images], columns, gap=gap)
+    return panels([enlarge(image, factor) for image in images], columns, gap=gap, heading=caption)
 
 
 def panels(pictures, columns, titles=None, gap=8, heading=None):
@@ -88,6 +88,54 @@ def attention_picture(keys, weights, query, image_shape, factor=6):
     picture[query // channels + 1 :] = 0
     picture = enlarge(picture.reshape(rows, columns, 3), factor)
     return framed(picture, query // channels, columns, factor)
+
+
+def text_picture(text, colours, query, cell=(15, 10)):
+    """Bytes in cells of given colours, the query's framed; a line's end is a ring, what is no ASCII a dot.
+
+    Args:
+        text: bytes, as many as are to be written.
+        colours: of the cells, uint8 `[rows, columns, 3]`.
+        query: the cell that has the frame.
+        cell: its height and width.
+    """
+    height, width = cell
+    image = Image.fromarray(np.repeat(np.repeat(colours.astype(np.uint8), height, 0), width, 1))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+    for index, byte in enumerate(np.asarray(text).tolist()):
+        row, column = divmod(index, colours.shape[1])
+        letter = chr(byte) if 32 <= byte < 127 else "\u00b0" if byte == 10 else "\u00b7"
+        ink = (20, 20, 20) if colours[row, column].astype(int).sum() > 400 else INK
+        draw.text(((column + 0.5) * width, row * height), letter, ink, font, anchor="ma")
+    row, column = divmod(query, colours.shape[1])
+    draw.rectangle(
+        (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1),
+        outline=(90, 220, 255),
+        width=2,
+    )
+    return np.asarray(image)
+
+
+def wave_picture(tokens, colours, query, height):
+    """The wave of µ-law bytes, each pixel from its least to its greatest sample, before columns of given colours.
+
+    Args:
+        tokens: bytes `[position]`.
+        colours: of the picture's columns, `[width, 3]`.
+        query: the column that has the blue line.
+        height: of the picture.
+    """
+    width = len(colours)
+    picture = np.repeat(colours[None].astype(np.uint8), height, 0)
+    wave = (1 - np.asarray(tokens) / 255) * (height - 1)  # as it is heard: quiet near the middle, by its logarithm
+    borders = np.arange(width + 1) * len(wave) // width
+    for column in range(width):
+        part = wave[borders[column] : max(borders[column + 1], borders[column] + 1)]
+        low, high = int(part.min()), int(np.ceil(part.max()))
+        bright = colours[column].astype(int).sum() > 400
+        picture[low : high + 1, column] = (20, 20, 20) if bright else INK
+    picture[:, query] = (90, 220, 255)
+    return picture
 
 
 def framed(picture, pixel, columns, factor):

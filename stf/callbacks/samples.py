@@ -1,10 +1,11 @@
-"""Grids of samples for TensorBoard and files."""
+"""Samples for TensorBoard and files: grids of images, text, sound."""
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from stf.callbacks.drawing import grid
+from stf.data.audio import RATE, decode
 from stf.training import steps_taken
 
 
@@ -40,17 +41,39 @@ class Samples(keras.callbacks.Callback):
         )
         return tokens.astype(np.uint8).reshape(-1, *self.image_shape)
 
-    def write(self, name, images, columns=None):
-        """Writes images `[count, rows, columns, channels]` to the log, as a grid of so many columns.
+    def caption(self, of="samples"):
+        """What a grid shows, in words."""
+        drawn = f"temperature {self.temperature:g}, seed {self.seed}"
+        return f"{of}; step {steps_taken(self.model.optimizer):,}, {drawn}"
+
+    def write(self, name, images, columns=None, caption=None):
+        """Writes images `[count, rows, columns, channels]` to the log, as a grid of so many columns under a caption.
 
         All pictures share the group `images`, since TensorBoard unfolds only the first groups of its page.
         """
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=steps_taken(self.model.optimizer)):
-            tf.summary.image(f"images/{name}", grid(images, columns)[None])
+            tf.summary.image(f"images/{name}", grid(images, columns, caption=caption)[None])
         writer.close()
 
     def on_epoch_end(self, epoch, logs=None):
         """Draws a grid every so many epochs."""
         if self.every and (epoch + 1) % self.every == 0:
-            self.write("samples", self.images())
+            self.write("samples", self.images(), caption=self.caption())
+
+
+def log_text(log_dir, name, tokens, step):
+    """Writes bytes `[position]` to TensorBoard's log as a text, as they stand; what is no UTF-8 is replaced."""
+    text = np.asarray(tokens).astype(np.uint8).tobytes().decode("utf-8", "replace")
+    writer = tf.summary.create_file_writer(str(log_dir))
+    with writer.as_default(step=step):
+        tf.summary.text(name, "\n".join(f"    {line}" for line in text.split("\n")))  # Markdown's code
+    writer.close()
+
+
+def log_audio(log_dir, name, tokens, step, rate=RATE):
+    """Writes µ-law bytes `[position]` to TensorBoard's log as a sound of so many samples a second."""
+    writer = tf.summary.create_file_writer(str(log_dir))
+    with writer.as_default(step=step):
+        tf.summary.audio(name, decode(tokens).astype(np.float32)[None, :, None], rate)
+    writer.close()

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from stf.evaluation.bits import Evaluation
 
-EPSILON = 1e-5  # beside a root mean square of gradients, for weights that hardly have any
+LEAST = 0.1  # of the mean scale, beside a weight's own: a token that training data hardly had must not jump
 
 
 def gradient_scales(model, dataset, verbose=1):
@@ -47,10 +47,11 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=1e-4, decay=0.0, 
     Each batch is scored with the weights as they are, and only then are the weights moved against the gradient of that
     batch's loss, each by its own scale (Krause et al. 2018, "Dynamic evaluation of neural sequence models"):
 
-        w <- w - learning_rate g / s + decay s / mean(s) (w_0 - w)
+        w <- w - learning_rate g / (s + 0.1 mean(s)) + decay s / mean(s) (w_0 - w)
 
-    with g the gradient, s its root mean square on training data, and w_0 the trained weights; `decay s / mean(s)` is
-    at most 1. No token is scored by weights that have seen it, so that these are bits of a code like any other.
+    with g the gradient, s its root mean square on training data, and w_0 the trained weights. `decay s / mean(s)` is
+    at most 1, and g is clipped to the norm of s, so that no batch moves the weights further than one of training data
+    does. No token is scored by weights that have seen it, so that these are bits of a code like any other.
     The model itself is left as it is; weights move in a copy that computes in float32.
 
     Examples:
@@ -90,8 +91,11 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=1e-4, decay=0.0, 
     model = _copy(model)
     trained = [tf.identity(weight.value) for weight in model.trainable_variables]
     mean = sum(float(np.sum(scale, dtype=np.float64)) for scale in scales) / sum(map(np.size, scales))
-    rates = [tf.constant(learning_rate / (scale + EPSILON), tf.float32) for scale in scales]
-    decays = [tf.constant(np.minimum(decay * scale / max(mean, EPSILON), 1), tf.float32) for scale in scales]
+    if not 0 < mean < math.inf:
+        raise ValueError(f"scales must have a finite mean above 0. Received: scales of mean {mean}")
+    usual = math.sqrt(sum(float(np.sum(np.square(scale, dtype=np.float64))) for scale in scales))
+    rates = [tf.constant(learning_rate / (scale + LEAST * mean), tf.float32) for scale in scales]
+    decays = [tf.constant(np.minimum(decay * scale / mean, 1), tf.float32) for scale in scales]
     losses_and_gradients = _losses_and_gradients(model)
     found, total, begin = [], 0.0, time.perf_counter()
     size = dataset.cardinality().numpy()
@@ -99,6 +103,7 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=1e-4, decay=0.0, 
         for tokens, targets, *weights in bar:
             weights = _weights_of(targets, weights)
             losses, gradients = losses_and_gradients(tokens, targets, weights)
+            gradients, _ = tf.clip_by_global_norm(gradients, usual)
             for weight, first, gradient, rate, back in zip(
                 model.trainable_variables, trained, gradients, rates, decays, strict=True
             ):

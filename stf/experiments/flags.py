@@ -45,6 +45,8 @@ def define(preset, run_dir):
     )
     flags.DEFINE_bool("jit_compile", None, "Compile the step with XLA; unless set, where there is a GPU.")
     flags.DEFINE_integer("num_blocks", None, "Instead of the preset's.")
+    flags.DEFINE_list("map_layers", None, "Layers of TensorBoard's attention maps, 0,1,...; a few unless given.")
+    flags.DEFINE_list("map_heads", None, "Heads of TensorBoard's attention maps; all unless given.")
     flags.DEFINE_integer("seed", 0, "Of initial weights, order of the data, dropout and samples.")
 
 
@@ -101,6 +103,22 @@ def prepare():
     keras.utils.set_random_seed(o.seed)
     keras.config.set_dtype_policy(o.policy)
     return o
+
+
+def map_options():
+    """What the flags say to `stf.callbacks.AttentionMaps`: keyword arguments.
+
+    Raises:
+        RunError: they are no layers or heads of the model.
+    """
+    config = stf.models.preset(FLAGS.preset) | ({} if FLAGS.num_blocks is None else {"num_blocks": FLAGS.num_blocks})
+    found = {}
+    for name, count in (("layers", config["num_blocks"]), ("heads", config["num_heads"])):
+        given = FLAGS[f"map_{name}"].value
+        if given is not None and not (given and all(each.isdecimal() and int(each) < count for each in given)):
+            raise RunError(f"--map_{name} must be from 0 to {count - 1}. Received: --map_{name}={','.join(given)}")
+        found[name] = None if given is None else [int(each) for each in given]
+    return found
 
 
 def run_arguments(data, strategy):

@@ -302,3 +302,69 @@ def test_a_smaller_connectivity_picture_keeps_every_line():
     blue = (picture == (120, 170, 235)).all(-1) | (picture == (20, 60, 150)).all(-1)
     pooled = pattern.mask(256).reshape(64, 4, 64, 4).any((1, 3))
     np.testing.assert_array_equal(blue, pooled | np.eye(64, dtype=bool))
+
+
+def test_text_view_colours_what_a_key_has_read():
+    view = stf.callbacks.views.TextView((8, 8), columns=6, rows=3)
+    tokens = np.frombuffer(b"abcdefghij\nlmnopqrstuvwxyz", np.uint8)
+    keys, weights = np.array([0, 2, 10, 19, 20]), np.array([0.3, 0.1, 0.05, 0.15, 0.4])
+    picture = view.attention(tokens, keys, weights, 20)
+    assert picture.shape == (3 * 15, 6 * 10, 3)
+    assert "byte 20" in view.place(tokens, 20) and "3 are not shown" in view.place(tokens, 20)
+    corners = picture[1::15, 1::10].reshape(-1, 3)  # of each cell, clear of letter and frame
+    for byte in range(3, 20):  # key j has read byte j - 1; the first three bytes are not shown
+        weight = dict(zip(keys - 1, weights, strict=True)).get(byte)
+        expected = np.full(3, 70) if weight is None else drawing.heat(np.sqrt(weight / 0.4))
+        np.testing.assert_array_equal(corners[byte - 3], expected)
+    assert (picture[2 * 15, 5 * 10 : 6 * 10] == (90, 220, 255)).all(), "what comes next has the frame"
+
+
+def test_wave_view_colours_the_columns_of_its_keys():
+    view = stf.callbacks.views.WaveView((8, 8), size=(20, 16))
+    tokens = np.full(64, 255, np.uint8)  # a line along the top
+    picture = view.attention(tokens, np.array([0, 1, 20]), np.array([0.2, 0.2, 0.6]), 40)
+    below = picture[10]
+    np.testing.assert_array_equal(below[0], drawing.heat(np.sqrt(0.4 / 0.6)))
+    np.testing.assert_array_equal(below[5], drawing.heat(np.array(1.0)))
+    assert (below[[1, 4, 6, 9]] == 70).all() and (below[11:] == 0).all() and tuple(below[10]) == (90, 220, 255)
+    assert (picture[0, 1] == drawing.INK).all()
+
+
+@pytest.mark.parametrize("kind", ["text", "audio"])
+def test_maps_of_text_and_sound_are_written_for_chosen_layers_and_heads(kind, tmp_path):
+    made = stf.models.SparseTransformer(30, (5, 6), [stf.patterns.Fixed(6, 2)], 3, 4, 8, seed=1)
+    made.compile(stf.training.optimizer(1e-2), stf.training.cross_entropy())
+    x = np.random.default_rng(0).integers(0, 256, (4, 30)).astype(np.int32)
+    view = stf.callbacks.views.view_of((5, 6), kind)
+    maps = stf.callbacks.AttentionMaps(tmp_path, x[0], view=view, layers=[2], heads=[3, 1])
+    made.fit(x, x, batch_size=2, callbacks=[maps], verbose=0)
+    titles, shapes = zip(*((title, picture.shape) for picture, title in maps._maps([2])[0]), strict=True)
+    assert ["head 3" in titles[0], "head 1" in titles[1], len(titles), len(set(shapes))] == [True, True, 2, 1]
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    assert {"images/attention maps, layer 002", "images/connectivity"} == set(events.Tags()["tensors"])
+    for wrong in ({"layers": [3]}, {"heads": [4]}, {"layers": []}):
+        with pytest.raises(ValueError, match="Received"):
+            stf.callbacks.AttentionMaps(tmp_path, x[0], view=view, **wrong).set_model(made)
+
+
+def test_text_and_sound_are_logged(tmp_path):
+    stf.callbacks.log_text(tmp_path, "said", np.frombuffer("é one\ntwo".encode(), np.uint8), step=3)
+    stf.callbacks.log_audio(tmp_path, "heard", np.arange(100) % 256, step=3)
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    assert tf.make_ndarray(events.Tensors("said")[0].tensor_proto).item().decode() == "    é one\n    two"
+    assert tf.make_ndarray(events.Tensors("heard")[0].tensor_proto).reshape(-1)[0][:4] == b"RIFF"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda views: views.ImageView((8, 8)),
+        lambda views: views.TextView((8, 8, 3)),
+        lambda views: views.view_of((8, 8), "film"),
+        lambda views: stf.callbacks.AttentionMaps("unused", np.zeros(65, int), view=views.TextView((8, 8))),
+        lambda views: stf.callbacks.AttentionMaps("unused", np.zeros(9, int), view=views.TextView((8, 8)), queries=[9]),
+    ],
+)
+def test_views_refuse_what_does_not_fit(make):
+    with pytest.raises(ValueError, match="Received"):
+        make(stf.callbacks.views)

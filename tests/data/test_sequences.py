@@ -83,6 +83,11 @@ def test_real_images():
     data = cifar10.load(SHARED / "tfds", download=False)
     assert len(data.train) + len(data.validation) == 5085 and len(data.test) == 500
     assert data.train.dtype == np.uint8 and data.train.shape[1] == 3072
+    labels = cifar10.labels(SHARED / "tfds", download=False)
+    assert [len(part) for part in labels] == [len(part) for part in data[:3]]
+    # Ships lie in blue water and planes in blue sky; frogs do not. Labels in another order would not know it.
+    blue, green = (data.train[np.isin(labels[0], names)].reshape(-1, 3).mean(0) for names in ([0, 8], [6]))
+    assert blue[2] - blue[0] > 5 > 0 > green[2] - green[0]
     assert 7.5 < order0_entropy(data.test) < 8
     image = (
         data.test[0].reshape(32, 32, 3).astype(int)

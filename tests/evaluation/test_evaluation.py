@@ -138,8 +138,11 @@ def test_dynamic_evaluation_scores_before_it_learns():
     for scale, a, b in zip(scales, *gradients, strict=True):
         np.testing.assert_allclose(scale, np.sqrt((a**2 + b**2) / 2), rtol=1e-3, atol=1e-6)
     want = [-copy.score(first)]
+    mean = np.concatenate([scale.reshape(-1) for scale in scales]).mean()
+    norms = [np.sqrt(sum(np.sum(np.square(x)) for x in each)) for each in (scales, gradients[0])]
+    clip = min(1, norms[0] / norms[1])
     for weight, g, scale in zip(copy.trainable_variables, gradients[0], scales, strict=True):
-        weight.assign(weight - rate * g / (scale + 1e-5))  # nothing goes back yet
+        weight.assign(weight - rate * clip * g / (scale + 0.1 * mean))  # nothing goes back yet
     want.append(-copy.score(second))
     np.testing.assert_allclose(found.losses, np.concatenate(want, 1)[0], atol=2e-4)
     assert np.abs(found.losses - stf.evaluation.evaluate(model, windows_of_it, verbose=0).losses)[24:].max() > 0.01
@@ -165,6 +168,7 @@ def test_dynamic_evaluation_learns_what_repeats_and_goes_back_by_decay():
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"decay": 2.0}, "decay=2.0"),
         ({"scales": []}, "Received: 0"),
+        ({"scales": [np.zeros(weight.shape) for weight in make().trainable_variables]}, "mean 0.0"),
     ],
 )
 def test_dynamic_evaluation_refuses_what_makes_no_sense(changed, says):

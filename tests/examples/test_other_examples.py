@@ -1,5 +1,6 @@
 """The examples for recordings and for folders of images, and samples of what they trained, as a user runs them."""
 
+import json
 import os
 import pathlib
 import signal
@@ -150,3 +151,38 @@ def test_an_interrupted_generation_goes_on_to_the_same_samples(tmp_path):
     np.testing.assert_array_equal(found, whole)
     assert not (tmp_path / "out.partial.npz").exists()
     assert "--overwrite writes over it" in generate(tmp_path).communicate(timeout=120)[1]
+
+
+def test_attention_maps_of_a_recording(audio, tmp_path):
+    run_dir, _ = audio
+    flags = [f"--checkpoint={run_dir / 'checkpoint.keras'}", f"--audio={run_dir.parent / 'a.flac'}", "--head=1"]
+    example("attention_maps", *flags, f"--output={tmp_path / 'maps.png'}")
+    assert Image.open(tmp_path / "maps.png").size[0] > 200
+
+
+FINETUNE = """
+import runpy, sys
+import numpy as np
+import stf
+
+draw = np.random.default_rng(0)
+labels = [draw.integers(0, 10, count) for count in (60, 20, 30)]
+images = [(25 * part[:, None] + draw.integers(0, 9, (len(part), 3072))).astype(np.uint8) for part in labels]
+stf.data.cifar10.load = lambda *_: stf.data.Splits(*images, "images as bright as their class")
+stf.data.cifar10.labels = lambda *_: labels
+program, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+def test_fine_tuning_names_what_can_be_seen(tmp_path):
+    model = stf.models.SparseTransformer.from_preset("cifar10-small", num_blocks=2, seed=0)
+    model.save(tmp_path / "model.keras")
+    command = [sys.executable, "-c", FINETUNE, ROOT / "examples" / "finetune_cifar10.py", "--batch_size=10"]
+    command += [f"--checkpoint={tmp_path / 'model.keras'}", "--epochs=1", "--from_scratch", "--learning_rate=0.001"]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said["features"]["test"] > 0.8 and said["images"] == 60  # one of ten is chance
+    assert 0 <= said["from_scratch"] <= 1 and 0 <= said["fine_tuned"] <= 1

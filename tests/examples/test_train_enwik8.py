@@ -89,6 +89,15 @@ def test_evaluate_gives_one_line_of_json_and_every_bytes_loss(runs):
     assert result["bits_per_byte"] == pytest.approx(losses.mean() / np.log(2), rel=1e-5)
 
 
+def test_evaluate_with_a_model_that_learns_as_it_reads(runs):
+    still, learning = (
+        evaluated(runs[0], f"--path={TEXT}", "--limit=2500", "--batch_size=1", *flags)
+        for flags in ((), ("--dynamic=0.001",))
+    )
+    assert learning["dynamic"] == 0.001 and learning["bytes"] == still["bytes"]
+    assert learning["bits_per_byte"] < still["bits_per_byte"]
+
+
 def test_a_second_run_in_the_same_folder_is_refused_in_one_line(runs):
     done = subprocess.run(train(runs[0] / "whole"), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 1

@@ -81,3 +81,11 @@ def test_a_batch_that_gpus_cannot_share():
     parse("--batch_size=4")
     with pytest.raises(RunError, match="multiple of the 3 GPUs that share it. Received: --batch_size=4"):
         ours.run_arguments("bytes", Three())
+
+
+def test_layers_and_heads_of_maps():
+    parse("--num_blocks=3", "--map_layers=0,2", "--map_heads=1")
+    assert stf.experiments.flags.map_options() == {"layers": [0, 2], "heads": [1]}
+    parse("--num_blocks=3", "--map_layers=0,3")
+    with pytest.raises(RunError, match="from 0 to 2. Received: --map_layers=0,3"):
+        stf.experiments.flags.map_options()
