@@ -127,7 +127,7 @@ class SparseAttention(keras.layers.Layer):
         kernel = self.kernel_initializer
         if name == "attention_output" and self.output_initializer is not None:
             kernel = self.output_initializer
-        return keras.layers.EinsumDense(
+        dense = keras.layers.EinsumDense(
             equation,
             output_shape=(None, *shape),
             bias_axes=bias_axes if self.use_bias else None,
@@ -140,6 +140,8 @@ class SparseAttention(keras.layers.Layer):
             dtype=self.dtype_policy,
             name=name,
         )
+        dense.supports_masking = True  # position by position: a mask stays what it is
+        return dense
 
     def call(
         self,

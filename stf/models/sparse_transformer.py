@@ -214,6 +214,12 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
         if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
+    def fit(self, x=None, *args, **kwargs):
+        """Keras' `fit`, which does not warn that it will not shuffle a data set: those of `stf.data` are shuffled."""
+        if not hasattr(x, "__array__") and hasattr(x, "element_spec"):
+            kwargs.setdefault("shuffle", False)
+        return super().fit(x, *args, **kwargs)
+
     def make_train_function(self, force=False):
         """Keras' `make_train_function`; see `without_waiting`."""
         if self.train_function is None or force:

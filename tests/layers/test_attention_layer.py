@@ -1,5 +1,7 @@
 """SparseAttention beside Keras' own attention, its masks, scores and refusals."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -220,3 +222,13 @@ def test_the_stride_is_refused_by_its_own_name(value):
         FixedAttention(2, 4, value, 1)
     with pytest.raises(ValueError, match=f"`summary` must.*Received: summary={value!r}"):
         FixedAttention(2, 4, 8, value)
+
+
+def test_masks_pass_through_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inputs = keras.Input((8,), dtype="int32")
+        x = keras.layers.Embedding(11, 16, mask_zero=True)(inputs)
+        x = StridedAttention(2, 8, stride=4)(x)
+        keras.Model(inputs, x).predict(np.array([[1, 2, 3, 4, 0, 0, 0, 0]]), verbose=0)
+        assert x._keras_mask is not None

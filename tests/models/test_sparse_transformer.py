@@ -1,6 +1,7 @@
 """SparseTransformer: presets, the shift, the parts' places, refusals. What every layer keeps: tests/layers."""
 
 import ctypes
+import warnings
 
 import keras
 import numpy as np
@@ -387,3 +388,11 @@ def test_a_told_model_learns_what_its_conditions_say(jit_compile):
 def test_conditions_that_do_not_fit_are_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call(make(conditions=(3, 2)))
+
+
+def test_data_sets_are_fitted_without_a_warning():
+    model, data = make(), stf.data.batches(np.zeros((8, 24), np.uint8), 4, seed=0)
+    model.compile(stf.training.optimizer(0.02), stf.training.cross_entropy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(data, steps_per_epoch=2, verbose=0)
