@@ -4,6 +4,10 @@
     python benchmarks/paper.py --data=enwik8 --path=FILE --minutes=10
     python benchmarks/paper.py --data=cifar10 --path=PATH --rows=strided   # one row; the file keeps the others
     python benchmarks/paper.py --data=cifar10 --path=PATH --minutes=10     # each row goes on to ten minutes
+    python benchmarks/paper.py --data=cifar10 --path=PATH --num_blocks=8 --rows=strided --steps=1000 --brief \
+        --policy=float32,mixed_bfloat16,mixed_float16 --output=benchmarks/results/paper_policies.json
+    python benchmarks/paper.py --data=cifar10 --path=PATH --num_blocks=8 --rows=strided,augmented --steps=3000 --brief \
+        --examples=500 --validation=0 --output=benchmarks/results/paper_augmented.json
     python benchmarks/paper_plot.py                                        # the curves, docs/paper_*.svg
 
 Each row trains the preset's model, at its full width, with as many blocks as --num_blocks says, by the preset's recipe:
@@ -68,14 +72,16 @@ class Curve(keras.callbacks.Callback):
 
     Args:
         minutes: of training: neither what the first step takes, which is compiled, nor validation counts.
+        steps: after which it ends too; None: never.
         points: what an earlier part of the run has found, which is added to.
         folder: where the model of the lowest validation goes, as best.keras, and checkpoint.keras every two minutes.
         found: function of the points, called after each epoch.
         since: points up to this step do not count as the lowest.
     """
 
-    def __init__(self, minutes, points, folder, found, since=0):
+    def __init__(self, minutes, steps, points, folder, found, since=0):
         super().__init__()
+        self.steps = steps or math.inf
         self.minutes, self.points, self.folder, self.found = minutes, points, folder, found
         self._seconds = points[-1]["seconds"] if points else 0.0
         self._lowest = min((point["validation"] for point in points if point["step"] > since), default=math.inf)
@@ -108,7 +114,7 @@ class Curve(keras.callbacks.Callback):
         bits = {"train": float(logs["bits_per_dim"]), "validation": float(logs["val_bits_per_dim"])}
         self.points.append({"step": self._step, "seconds": self._seconds} | bits)
         self.found(self.points)
-        over = self._seconds >= 60 * self.minutes
+        over = self._seconds >= 60 * self.minutes or self._step >= self.steps
         if over or time.perf_counter() - self._saved > 120:
             self._checkpoint.save()
             self._saved = time.perf_counter()
@@ -132,13 +138,13 @@ def datasets(kind, splits, model, batch_size, seen, most):
         transformations = stf.data.ImageTransformations(stf.data.cifar10.SHAPE) if model.conditions else None
         return (
             stf.data.batches(splits.train, batch_size, 0, seen, transformations=transformations),
-            stf.data.batches(splits.validation[:most], batch_size),
+            stf.data.batches(splits.validation[: most or None], batch_size),
             stf.data.batches(splits.test, batch_size),
         )
     length = model.length
     return (
         stf.data.crops(splits.train, length, batch_size, 0, seen),
-        stf.data.windows(splits.validation.head(most and most * length), length, batch_size),
+        stf.data.windows(splits.validation.head(most * length), length, batch_size),
         stf.data.windows(splits.test, length, batch_size, length // 2),
     )
 
@@ -173,11 +179,11 @@ def make_model(preset, changed, recipe, options):
     return model
 
 
-def train(kind, name, splits, options, found):
+def train(kind, name, policy, splits, options, found):
     """A row, trained to the minutes or on to them; `found` is called with it as it grows."""
     preset, changed = ROWS[kind][name]
     recipe = stf.models.recipe(preset)
-    policy = options.policy or recipe["policy"]
+    policy = policy or recipe["policy"]
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(policy)
     folder = (
@@ -218,14 +224,15 @@ def train(kind, name, splits, options, found):
         points_path.write_text(json.dumps({"settings": settings, "since": since, "points": points}))
         found(row | {"points": points})
 
-    if not points or points[-1]["seconds"] < 60 * options.minutes:
+    steps = options.steps or math.inf
+    if not points or (points[-1]["seconds"] < 60 * options.minutes and points[-1]["step"] < steps):
         model.fit(
             training,
             steps_per_epoch=options.every,
             epochs=10**6,
             validation_data=validation,
             callbacks=[
-                Curve(options.minutes, points, folder, write, since),
+                Curve(options.minutes, options.steps, points, folder, write, since),
                 stf.callbacks.MovingAverage(),
                 stf.callbacks.StopOnNonFinite(),
             ],
@@ -239,7 +246,9 @@ def train(kind, name, splits, options, found):
         "lowest": lowest,
         "test": tested(best, test, model.length if kind == "cifar10" else 4096),
     }
-    if kind == "cifar10":
+    if options.brief:
+        pass
+    elif kind == "cifar10":
         draw(best, splits.test[:8], folder)
     elif name == READ_ON:
         row["contexts"] = contexts(best, splits.test)
@@ -306,7 +315,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=5, help="of training, of each row")
     parser.add_argument("--num_blocks", type=int, help="of the model, in place of the paper's")
     parser.add_argument("--examples", type=int, default=0, help="images to train on: rows of their own")
-    parser.add_argument("--policy", help="dtype policy, in place of the recipe's: rows of their own")
+    parser.add_argument("--steps", type=int, help="after which a row ends too")
+    parser.add_argument("--brief", action="store_true", help="no pictures, no texts, no contexts")
+    parser.add_argument("--policy", help="dtype policies, in place of the recipe's: rows of their own")
     parser.add_argument("--warmup", type=int, default=500, help="steps of warm-up")
     parser.add_argument("--every", type=int, default=100, help="steps between two validations")
     parser.add_argument("--validation", type=int, default=64, help="sequences of a validation; 0 takes all")
@@ -341,8 +352,9 @@ def main():
     for name in (options.rows or ",".join(ROWS[options.data])).split(","):
         if name not in ROWS[options.data]:
             parser.error(f"--rows must be some of {', '.join(ROWS[options.data])}. Received: {name}")
-        train(options.data, name, splits, options, found)
-        keras.backend.clear_session()
+        for policy in options.policy.split(",") if options.policy else [None]:
+            train(options.data, name, policy, splits, options, found)
+            keras.backend.clear_session()
     print(table(result))
     print(f"written: {output}")
 

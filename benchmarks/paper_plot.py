@@ -1,6 +1,6 @@
 """Draws what paper.py has measured: validation of all rows against minutes and against steps.
 
-    python benchmarks/paper_plot.py                     # docs/paper_cifar10.svg and docs/paper_enwik8.svg
+    python benchmarks/paper_plot.py                     # docs/paper_*.svg of each benchmarks/results/paper_*.json
     python benchmarks/paper_plot.py results.json a.svg  # one file
 
 Needs matplotlib.
@@ -11,14 +11,21 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-COLORS = {"strided": "#0b6e99", "fixed": "#e07b39", "dense": "#6b6b6b", "local": "#7a9a3a"}
-POLICIES = {"float32": "-", "mixed_bfloat16": "--", "mixed_float16": ":"}
+COLORS = {
+    "strided": "#0b6e99", "fixed": "#e07b39", "dense": "#6b6b6b", "local": "#7a9a3a", "augmented": "#a04060",
+    "windows": "#8060b0",
+}  # fmt: skip
+POLICIES = {  # colour, line, width: lines that lie on one another stay to be seen
+    "float32": ("#c0c0c0", "-", 5),
+    "mixed_bfloat16": ("#0b6e99", "-", 1.6),
+    "mixed_float16": ("#e07b39", "--", 1.2),
+}
 
 
 def style(name):
-    """(colour, line) of a row, which is named after its pattern and, maybe, its policy."""
-    pattern, _, policy = name.partition("-")
-    return COLORS.get(pattern, "#a04060"), POLICIES.get(policy, "-")
+    """(colour, line, width) of a row, which is named after its pattern and, maybe, its policy."""
+    pattern, _, rest = name.partition("-")
+    return POLICIES.get(rest, (COLORS.get(pattern, "#a04060"), "-", 1.6))
 
 
 def draw(source, target):
@@ -35,10 +42,10 @@ def draw(source, target):
         points = row["points"]
         bits = [point["validation"] for point in points]
         lowest = min(points, key=lambda point: point["validation"])
-        color, line = style(row["row"])
+        color, line, width = style(row["row"])
         low, high = min(low, *bits), max(high, bits[len(bits) // 8])
         for axis, key, unit in ((axes[0], "seconds", 60), (axes[1], "step", 1)):
-            axis.plot([point[key] / unit for point in points], bits, line, color=color, lw=1.6, label=row["row"])
+            axis.plot([point[key] / unit for point in points], bits, line, color=color, lw=width, label=row["row"])
             axis.plot(lowest[key] / unit, lowest["validation"], "o", color=color, ms=4)
     for name, bits in result["packed"].items():
         if low - 0.5 < bits < high + 0.5:
@@ -70,10 +77,8 @@ def main():
     if len(sys.argv) == 3:
         draw(*sys.argv[1:])
         return
-    for name in ("cifar10", "enwik8"):
-        source = HERE / "results" / f"paper_{name}.json"
-        if source.exists():
-            draw(source, HERE.parent / "docs" / f"paper_{name}.svg")
+    for source in sorted((HERE / "results").glob("paper_*.json")):
+        draw(source, HERE.parent / "docs" / f"{source.stem}.svg")
 
 
 if __name__ == "__main__":
