@@ -43,13 +43,16 @@ import stf
 from stf.patterns import Local
 
 HERE = pathlib.Path(__file__).resolve().parent
+TOLD = {"conditions": stf.data.ImageTransformations(stf.data.cifar10.SHAPE).sizes}
 ROWS = {  # of each data set: (preset, what is changed in the model)
     "cifar10": {
         "strided": ("cifar10", {}),
         "fixed": ("cifar10-fixed", {}),
         "dense": ("cifar10-dense", {}),
         "local": ("cifar10", {"patterns": [Local(96)]}),
-        "augmented": ("cifar10", {"conditions": stf.data.ImageTransformations(stf.data.cifar10.SHAPE).sizes}),
+        "augmented": ("cifar10", TOLD),
+        "small": ("cifar10-small", {}),
+        "small_augmented": ("cifar10-small", TOLD),
     },
     "enwik8": {
         "fixed": ("enwik8", {}),
@@ -59,6 +62,7 @@ ROWS = {  # of each data set: (preset, what is changed in the model)
         "windows": ("enwik8-windows", {}),
     },
 }
+TABLE = "strided", "fixed", "dense", "local"  # the rows unless others are asked for
 BLOCKS = {"cifar10": 32, "enwik8": 12}
 READ_ON = "fixed"  # the Enwik8 row of Table 3, dynamic evaluation and a text
 CONTEXTS = (0, 6144, 9216, 10752, 11904, 12096, 12160)  # of Table 3
@@ -349,7 +353,7 @@ def main():
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")
 
-    for name in (options.rows or ",".join(ROWS[options.data])).split(","):
+    for name in (options.rows or ",".join(TABLE)).split(","):
         if name not in ROWS[options.data]:
             parser.error(f"--rows must be some of {', '.join(ROWS[options.data])}. Received: {name}")
         for policy in options.policy.split(",") if options.policy else [None]:
