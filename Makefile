@@ -22,7 +22,7 @@ NODE_VERSION := 22.20.0
 BUILDIFIER_VERSION := 8.2.1
 # Bazel 4 to 7 have the C++ rules built in.
 BUILDIFIER := PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier --warnings=-native-cc-binary,-native-cc-library
-LIBRARY := stf/ops/libstf_ops.so
+LIBRARY := stf/ops/libstf_kernels.so
 SOURCES := $(shell find custom_ops third_party -type f -not -path '*/__pycache__/*') WORKSPACE BUILD .bazelrc .bazelversion
 CPP := $(shell find custom_ops benchmarks tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BAZEL_FILES := WORKSPACE $(shell find BUILD custom_ops third_party -name BUILD -o -name '*.bzl')
@@ -122,4 +122,4 @@ wheel: $(VENV)/dependencies
 	STF_CUDA_ARCHITECTURES=$${STF_CUDA_ARCHITECTURES:-all} $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist stf.egg-info $(LIBRARY) stf/ops/built_for.json bazel-*
+	rm -rf $(VENV) build dist stf.egg-info stf/ops/libstf_*.so stf/ops/built_for.json bazel-*
