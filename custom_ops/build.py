@@ -7,7 +7,7 @@
 It is libstf_kernels.so, and over that a face for each minor version of TensorFlow, such as libstf_ops_2_21.so: for the
 installed one, or with STF_TENSORFLOWS=all for every one that stf knows. Wheels that are missing for that pip downloads.
 
-With Debian's Bazel it needs no other network: the rules are Bazel's own, TensorFlow's headers and library are its wheel's.
+With Debian's Bazel it needs no other network: the rules are Bazel's own, TensorFlow's headers and library its wheel's.
 The library has the kernels that this machine can run: the CPU's, and those of the architectures of its GPUs, which nvcc
 compiles (of $CUDA_HOME, on the PATH or in /usr/local/cuda). $STF_CUDA_ARCHITECTURES says otherwise: "none", "all", or
 names such as 80,90a (8.6 and 8.9 run 80's).
@@ -32,11 +32,11 @@ FACE = "libstf_ops_{}.so"
 BUILT_FOR = "built_for.json"
 # The minor versions that there is a face for, and the wheels that it is built from where another is installed.
 TENSORFLOWS = {"2.19": "2.19.1", "2.20": "2.20.0", "2.21": "2.21.0"}
-# TensorFlow 2.19's wheel lacks two of LLVM's headers and xla/ffi/api/ffi.h. This one has that of the same XLA: the headers
-# beside it are TensorFlow's to the byte.
+# TensorFlow 2.19's wheel lacks two of LLVM's headers, and xla/ffi/api/ffi.h. JAX's has the latter, of the same XLA: the
+# headers beside it are TensorFlow's to the byte.
 LLVM = ROOT / "third_party" / "tensorflow" / "2_19"
 FFI = ("jaxlib", "0.5.1", "jaxlib/include/", ("xla/ffi/api/ffi.h",))
-ALL_ARCHITECTURES = ("80", "90a", "100")
+ALL_ARCHITECTURES = ("80", "90a", "100", "120")
 # A part that holds every template of the kernels: bfloat16 at depths 64 and 128, float32 at 256, which has passes of
 # its own, and all that is not a kernel.
 CUDA_SAMPLE = (
@@ -85,7 +85,7 @@ def flags_for(version):
 
 
 def tensorflows():
-    """For each TensorFlow to build for, "2_21", the folders with its headers: first its own, which has its libraries too."""
+    """For each TensorFlow to build for ("2_21") folders with headers; the first is its own and has the libraries."""
     wanted = os.environ.get("STF_TENSORFLOWS", "")
     if wanted not in ("", "all"):
         sys.exit(f"STF_TENSORFLOWS must be all, or empty for the installed TensorFlow. Received: {wanted}")
@@ -110,7 +110,7 @@ def tensorflows():
 
 
 def unpacked(package, version, top, parts):
-    """A folder with what a package's wheel has below `top`: the files, and folders that end with a slash, named in `parts`."""
+    """A folder with the parts (files; folders, which end with a slash) that a package's wheel has below `top`."""
     folder = ROOT / "build" / f"{package}-{version}"
     if folder.exists():
         return folder
@@ -172,7 +172,7 @@ def architectures():
 
 
 def bazel_build(targets, versions, wanted, install_bazel=False):
-    """Runs Bazel for targets with what `tensorflows` says; returns the wanted architectures, none where there is no nvcc."""
+    """Runs Bazel for what `tensorflows` gave; returns the wanted architectures, none where there is no nvcc."""
     bazel, bazel_version = find_bazel(install_bazel)
     toolkit = cuda() if wanted else ""
     if wanted and not toolkit:

@@ -1,4 +1,4 @@
-"""Finds and loads the op library, once, when an op is first called: the kernels, and over them the face for this TensorFlow."""
+"""Finds and loads the op library, its face for this TensorFlow over the kernels, once, when an op is first called."""
 
 import ctypes
 import functools
@@ -43,8 +43,8 @@ def load():
         raise LibraryNotFoundError(f"stf's op library is missing: no file {path}. {BUILD}.")
     if _minor_version() not in built:
         raise LibraryNotFoundError(
-            f"stf's op library in {FOLDER} is for TensorFlow {', '.join(built)}, and this is TensorFlow {tf.__version__}. "
-            "Install one that it is for, or build it for this one: `make lib` in a checkout, or "
+            f"stf's op library in {FOLDER} is for TensorFlow {', '.join(built)}, and this is TensorFlow "
+            f"{tf.__version__}. Install one that it is for, or build it for this one: `make lib` in a checkout, or "
             "`pip install --no-build-isolation .`"
         )
     try:
