@@ -103,6 +103,11 @@ def test_the_library_loads_on_older_systems(name):
         assert tuple(map(int, version.split("."))) <= NEWEST[kind], f"{symbol} of {kind} {version}"
 
 
+def test_the_face_runs_on_every_x86_64():
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", OPS / FACE], capture_output=True, text=True).stdout
+    assert re.search(r"\tmov\w* ", code) and not re.search(r"\tv\w+ |%[yz]mm", code), "it has AVX"
+
+
 def test_the_kernels_show_their_entry_points_alone():
     said = subprocess.run(["nm", "-D", "--defined-only", OPS / "libstf_kernels.so"], capture_output=True, text=True)
     shown = {line.split()[-1] for line in said.stdout.splitlines()}
