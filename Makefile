@@ -20,11 +20,13 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := third_party/debian/install.sh
 NODE_VERSION := 22.20.0
 BUILDIFIER_VERSION := 8.2.1
+PLATFORM := manylinux_2_28_x86_64
+DIST ?= dist
 # Bazel 4 to 7 have the C++ rules built in.
 BUILDIFIER := PATH="$(CURDIR)/$(BIN):$$PATH" $(VENV)/buildifier/node_modules/.bin/buildifier --warnings=-native-cc-binary,-native-cc-library
-LIBRARY := stf/ops/libstf_ops.so
+LIBRARY := stf/ops/libstf_kernels.so
 SOURCES := $(shell find custom_ops third_party -type f -not -path '*/__pycache__/*') WORKSPACE BUILD .bazelrc .bazelversion
-CPP := $(shell find custom_ops benchmarks tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find custom_ops third_party benchmarks tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BAZEL_FILES := WORKSPACE $(shell find BUILD custom_ops third_party -name BUILD -o -name '*.bzl')
 # On a machine with an NVIDIA GPU, the CUDA libraries that TensorFlow loads.
 CUDA_LIBRARIES := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo "-r requirements-cuda.lock")
@@ -117,9 +119,20 @@ format: $(VENV)/dependencies $(VENV)/buildifier
 	$(BIN)/clang-format -i $(CPP)
 	$(BUILDIFIER) --lint=fix $(BAZEL_FILES)
 
-# A wheel for this platform, in dist/.
-wheel: $(VENV)/dependencies
-	STF_CUDA_ARCHITECTURES=$${STF_CUDA_ARCHITECTURES:-all} $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+# What looks at a wheel has an environment of its own.
+$(VENV)/wheel/installed: requirements-wheel.lock | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip --quiet --disable-pip-version-check install -r requirements-wheel.lock
+	touch $@
+
+# The wheel for all, in $(DIST): for every TensorFlow that stf knows, with the kernels of all GPUs. auditwheel gives it the name of the oldest
+# system that it promises, if nothing in it needs a newer one.
+wheel: $(VENV)/dependencies $(VENV)/wheel/installed
+	rm -rf build/wheel
+	STF_TENSORFLOWS=all STF_CUDA_ARCHITECTURES=$${STF_CUDA_ARCHITECTURES:-all} \
+		$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/wheel/bin:$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --exclude 'libtensorflow*' \
+		--wheel-dir $(DIST) build/wheel/*.whl
 
 clean:
-	rm -rf $(VENV) build dist stf.egg-info $(LIBRARY) stf/ops/built_for.json bazel-*
+	rm -rf $(VENV) build dist stf.egg-info stf/ops/libstf_*.so stf/ops/built_for.json bazel-*

@@ -1,10 +1,13 @@
 """Builds the op library with Bazel and puts it where `stf.ops` looks for it.
 
-    python custom_ops/build.py                    # TensorFlow must be installed for this Python
+    python custom_ops/build.py                    # for the TensorFlow that is installed for this Python
     python custom_ops/build.py --install-bazel    # first install Debian's bazel-bootstrap, if no Bazel is found
     python custom_ops/build.py --check-cuda       # compile a part of the CUDA kernels, where nvcc is, and keep nothing
 
-With Debian's Bazel it needs no network: the rules are Bazel's own, TensorFlow's headers and library are the wheel's.
+It is libstf_kernels.so, and over that a face for each minor version of TensorFlow, such as libstf_ops_2_21.so: for the
+installed one, or with STF_TENSORFLOWS=all for every one that stf knows. Wheels that are missing for that pip downloads.
+
+With Debian's Bazel it needs no other network: the rules are Bazel's own, TensorFlow's headers and library its wheel's.
 The library has the kernels that this machine can run: the CPU's, and those of the architectures of its GPUs, which nvcc
 compiles (of $CUDA_HOME, on the PATH or in /usr/local/cuda). $STF_CUDA_ARCHITECTURES says otherwise: "none", "all", or
 names such as 80,90a (8.6 and 8.9 run 80's).
@@ -19,12 +22,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGET = "//custom_ops:libstf_ops.so"
-LIBRARY = ROOT / "stf" / "ops" / "libstf_ops.so"
-BUILT_FOR = LIBRARY.with_name("built_for.json")
-ALL_ARCHITECTURES = ("80", "90a", "100")
+OPS = ROOT / "stf" / "ops"
+KERNELS = "libstf_kernels.so"
+FACE = "libstf_ops_{}.so"
+BUILT_FOR = "built_for.json"
+# The minor versions that there is a face for, and the wheels that it is built from where another is installed.
+TENSORFLOWS = {"2.19": "2.19.1", "2.20": "2.20.0", "2.21": "2.21.0"}
+# TensorFlow 2.19's wheel lacks two of LLVM's headers, and xla/ffi/api/ffi.h. JAX's has the latter, of the same XLA: the
+# headers beside it are TensorFlow's to the byte.
+LLVM = ROOT / "third_party" / "tensorflow" / "2_19"
+FFI = ("jaxlib", "0.5.1", "jaxlib/include/", ("xla/ffi/api/ffi.h",))
+ALL_ARCHITECTURES = ("80", "90a", "100", "120")
 # A part that holds every template of the kernels: bfloat16 at depths 64 and 128, float32 at 256, which has passes of
 # its own, and all that is not a kernel.
 CUDA_SAMPLE = (
@@ -34,7 +46,6 @@ CUDA_SAMPLE = (
     "//custom_ops:residual_stack_cuda_rowwise",
     "//custom_ops:residual_stack_decode_cuda_decode",
     "//custom_ops:residual_stack_cuda_host",
-    "//custom_ops:tensorflow_gpu",
 )
 OLDEST_CUDA = (12, 5)  # kernels take more than 4 KiB of parameters, and ask the driver for a function of a version
 VERSIONS = range(4, 8)  # 8 and later read no WORKSPACE unless told to, and have no C++ rules of their own
@@ -73,12 +84,50 @@ def flags_for(version):
     return ["--noenable_bzlmod"] if version >= 7 else []
 
 
-def tensorflow():
-    """Version and folder of the installed TensorFlow, without importing it."""
-    spec = importlib.util.find_spec("tensorflow")
-    if spec is None:
+def tensorflows():
+    """For each TensorFlow to build for ("2_21") folders with headers; the first is its own and has the libraries."""
+    wanted = os.environ.get("STF_TENSORFLOWS", "")
+    if wanted not in ("", "all"):
+        sys.exit(f"STF_TENSORFLOWS must be all, or empty for the installed TensorFlow. Received: {wanted}")
+    folders = {}
+    if spec := importlib.util.find_spec("tensorflow"):
+        version = importlib.metadata.version("tensorflow")
+        folders[".".join(version.split(".")[:2])] = pathlib.Path(spec.origin).parent
+    if wanted == "all":
+        parts = ("include/", "libtensorflow_framework.so.2", "libtensorflow_cc.so.2")
+        folders = {
+            minor: folders.get(minor) or unpacked("tensorflow", version, "tensorflow/", parts)
+            for minor, version in TENSORFLOWS.items()
+        }
+    elif not folders:
         sys.exit("TensorFlow is not installed for this Python: pip install -r requirements.lock")
-    return importlib.metadata.version("tensorflow"), pathlib.Path(spec.origin).parent
+    elif not folders.keys() <= TENSORFLOWS.keys():
+        sys.exit(f"stf builds for TensorFlow {', '.join(TENSORFLOWS)}; TensorFlow {version} is installed")
+    return {
+        minor.replace(".", "_"): (folder, LLVM, unpacked(*FFI)) if minor == "2.19" else (folder,)
+        for minor, folder in folders.items()
+    }
+
+
+def unpacked(package, version, top, parts):
+    """A folder with the parts (files; folders, which end with a slash) that a package's wheel has below `top`."""
+    folder = ROOT / "build" / f"{package}-{version}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        # Headers and libraries are the same whatever the Python.
+        tags = ("--python-version=3.11", "--platform=manylinux2014_x86_64", "--platform=manylinux_2_27_x86_64")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *tags]
+        print(f"downloading {package} {version}", flush=True)
+        if subprocess.run([*pip, f"--dest={scratch}", f"{package}=={version}"]).returncode:
+            sys.exit(f"pip did not download {package}=={version}, which the op library is built from")
+        (wheel,) = pathlib.Path(scratch).glob("*.whl")
+        inside = tuple(top + part for part in parts)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(inside)])
+        pathlib.Path(scratch, top).rename(folder)
+    return folder
 
 
 def cuda():
@@ -122,10 +171,9 @@ def architectures():
     return tuple("90a" if name == 90 else str(name) for name in sorted(found) if name >= 80)
 
 
-def bazel_build(targets, wanted, install_bazel=False):
-    """Runs Bazel for targets; returns TensorFlow's version and, where there is an nvcc, the wanted architectures."""
+def bazel_build(targets, versions, wanted, install_bazel=False):
+    """Runs Bazel for what `tensorflows` gave; returns the wanted architectures, none where there is no nvcc."""
     bazel, bazel_version = find_bazel(install_bazel)
-    version, folder = tensorflow()
     toolkit = cuda() if wanted else ""
     if wanted and not toolkit:
         oldest = ".".join(map(str, OLDEST_CUDA))
@@ -134,10 +182,7 @@ def bazel_build(targets, wanted, install_bazel=False):
             sys.exit(f"{what}. Name its folder in CUDA_HOME, or ask for none: STF_CUDA_ARCHITECTURES=none.")
         print(f"{what}: building the CPU's alone", flush=True)
     environment = {
-        "STF_TENSORFLOW_INCLUDE": folder / "include",
-        "STF_TENSORFLOW_LIB": folder,
-        # What tf.sysconfig.get_compile_flags() says of TensorFlow 2.21's wheel, and what its build aligned Eigen to.
-        "STF_TENSORFLOW_DEFINES": "_GLIBCXX_USE_CXX11_ABI=1 EIGEN_MAX_ALIGN_BYTES=64",
+        "STF_TENSORFLOWS": " ".join(f"{name}={':'.join(map(str, folders))}" for name, folders in versions.items()),
         "STF_CUDA": toolkit,
         "STF_CUDA_ARCHITECTURES": ",".join(wanted) if toolkit else "",
     }
@@ -148,29 +193,39 @@ def bazel_build(targets, wanted, install_bazel=False):
     status = subprocess.run(command, cwd=ROOT).returncode
     if status:
         sys.exit(f"Bazel ended with status {status}: {' '.join(map(str, command))}")
-    return version, wanted if toolkit else ()
+    return wanted if toolkit else ()
 
 
 def build(install_bazel=False):
-    """Builds the library; returns its path and that of the file that says what it was built for."""
-    wanted = architectures()
-    print(f"building for the CPU{''.join(f', sm_{name}' for name in wanted)}", flush=True)
-    version, built = bazel_build([TARGET], wanted, install_bazel)
-    # A new file under a new name, then renamed: a process that has the old one mapped keeps it.
-    fresh = LIBRARY.with_suffix(".so.new")
-    shutil.copyfile(ROOT / "bazel-bin" / "custom_ops" / "libstf_ops.so", fresh)
-    fresh.chmod(0o755)
-    fresh.replace(LIBRARY)
-    fresh = BUILT_FOR.with_suffix(".json.new")
-    fresh.write_text(json.dumps({"tensorflow": version, "cuda": built}) + "\n")
-    fresh.replace(BUILT_FOR)
-    return LIBRARY, BUILT_FOR
+    """Builds the library; returns the paths of its parts and of the file that says which GPUs it was built for."""
+    versions, wanted = tensorflows(), architectures()
+    names = [KERNELS, *map(FACE.format, versions)]
+    print(f"building {', '.join(names)} for the CPU{''.join(f', sm_{name}' for name in wanted)}", flush=True)
+    built = bazel_build([f"//custom_ops:{name}" for name in names], versions, wanted, install_bazel)
+    # A face for another TensorFlow, over the kernels of an earlier build.
+    for path in OPS.glob("libstf_*.so"):
+        if path.name not in names:
+            path.unlink()
+    for name in names:
+        replace(OPS / name, (ROOT / "bazel-bin" / "custom_ops" / name).read_bytes())
+    replace(OPS / BUILT_FOR, json.dumps({"cuda": built}).encode() + b"\n")
+    return [OPS / name for name in (*names, BUILT_FOR)]
+
+
+def replace(path, content):
+    """Writes a new file under a new name, then renames it: a process that has the old one mapped keeps it."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(content)
+    fresh.chmod(0o755 if path.suffix == ".so" else 0o644)
+    fresh.replace(path)
 
 
 def check_cuda(install_bazel=False):
     """Compiles `CUDA_SAMPLE` for Hopper, where both paths of the kernels are, if there is an nvcc."""
     if cuda():
-        bazel_build(CUDA_SAMPLE, ("90a",), install_bazel)
+        versions = tensorflows()
+        faces = [f"//custom_ops:tensorflow_gpu_{name}" for name in versions]
+        bazel_build([*CUDA_SAMPLE, *faces], versions, ("90a",), install_bazel)
     else:
         print("no nvcc found: CUDA kernels are not compiled")
 
@@ -179,4 +234,4 @@ if __name__ == "__main__":
     if "--check-cuda" in sys.argv[1:]:
         check_cuda("--install-bazel" in sys.argv[1:])
     else:
-        print("built", build("--install-bazel" in sys.argv[1:])[0].relative_to(ROOT))
+        print("built", *(path.relative_to(ROOT) for path in build("--install-bazel" in sys.argv[1:])))

@@ -28,6 +28,8 @@ def cpu_kernels(name, srcs, hdrs, variants, variant_src, deps):
         name = name,
         srcs = srcs,
         deps = [":" + name + "_headers"] + [":" + name + "_" + variant for variant in variants],
+        # The entry points, which nothing here calls.
+        alwayslink = True,
     )
 
 def cuda_kernels(name, srcs, hdrs, kernels_src, nvcc, gencode, variants, deps):
@@ -66,6 +68,7 @@ def cuda_kernels(name, srcs, hdrs, kernels_src, nvcc, gencode, variants, deps):
         srcs = srcs,
         hdrs = hdrs,
         deps = deps,
+        alwayslink = True,
     )
     native.cc_library(
         name = name,

@@ -51,10 +51,9 @@ def op_library():
         LibraryNotFoundError: it is missing, or does not load.
     """
     library.load()
-    built = library.built_for()
-    cuda = ", ".join(built["cuda"]) or "none"
+    cuda = ", ".join(library.architectures()) or "none"
     return [
-        ("op library", f"{library.library_path()}, for TensorFlow {built['tensorflow']}"),
+        ("op library", f"{library.library_path()}; there is one for TensorFlow {', '.join(library.tensorflows())}"),
         ("its CUDA kernels", cuda if cuda == "none" else f"of compute capability {cuda}"),
         ("CPU", f"{_cpu_name()}, {os.cpu_count()} threads; the kernels run with {library.cpu_isa()}"),
     ]

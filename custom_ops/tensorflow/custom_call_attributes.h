@@ -2,8 +2,10 @@
 #ifndef STF_CUSTOM_OPS_TENSORFLOW_CUSTOM_CALL_ATTRIBUTES_H_
 #define STF_CUSTOM_OPS_TENSORFLOW_CUSTOM_CALL_ATTRIBUTES_H_
 
-#include <charconv>
 #include <cstdint>
+#include <iomanip>
+#include <locale>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -15,9 +17,10 @@ class CustomCallAttributes {
  public:
   CustomCallAttributes& Add(const char* name, int64_t value) { return Write(name, std::to_string(value) + " : i64"); }
   CustomCallAttributes& Add(const char* name, float value) {
-    char digits[32];  // nine of them give every float back; with a point whatever the locale says
-    const auto end = std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::scientific, 9).ptr;
-    return Write(name, std::string(digits, end) + " : f32");
+    std::ostringstream digits(std::ios_base::out);  // nine of them give every float back
+    digits.imbue(std::locale::classic());           // with a point whatever the program's locale says
+    digits << std::scientific << std::setprecision(9) << value << " : f32";
+    return Write(name, digits.str());
   }
   CustomCallAttributes& Add(const char* name, const std::vector<int64_t>& values) { return WriteArray(name, "i64", values); }
   CustomCallAttributes& Add(const char* name, const std::vector<int32_t>& values) { return WriteArray(name, "i32", values); }

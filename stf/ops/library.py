@@ -1,4 +1,4 @@
-"""Finds and loads the op library, once, when an op is first called."""
+"""Finds and loads the op library, its face for this TensorFlow over the kernels, once, when an op is first called."""
 
 import ctypes
 import functools
@@ -12,12 +12,23 @@ BUILD = "Build it with `make lib` in a checkout, or install stf with `pip instal
 
 
 class LibraryNotFoundError(ImportError):
-    """The op library is not there, or was built for another TensorFlow or without what is asked of it."""
+    """The op library is not there, or was built without what is asked of it, such as for this TensorFlow."""
 
 
 def library_path():
-    """Where the op library belongs, as a `pathlib.Path`."""
-    return FOLDER / "libstf_ops.so"
+    """Where the part of the op library for this TensorFlow belongs, as a `pathlib.Path`."""
+    return FOLDER / f"libstf_ops_{_minor_version().replace('.', '_')}.so"
+
+
+def kernels_path():
+    """Where the op library's kernels belong, which know nothing of TensorFlow, as a `pathlib.Path`."""
+    return FOLDER / "libstf_kernels.so"
+
+
+def tensorflows():
+    """The minor versions of TensorFlow that the op library was built for, such as "2.21"."""
+    found = (path.stem.removeprefix("libstf_ops_").split("_") for path in FOLDER.glob("libstf_ops_*.so"))
+    return [".".join(version) for version in sorted(found, key=lambda version: [int(number) for number in version])]
 
 
 @functools.cache
@@ -27,14 +38,14 @@ def load():
     Raises:
         LibraryNotFoundError: says what to do.
     """
-    path = library_path()
-    if not path.exists():
+    path, built = library_path(), tensorflows()
+    if not built:
         raise LibraryNotFoundError(f"stf's op library is missing: no file {path}. {BUILD}.")
-    version = built_for()["tensorflow"]
-    if version != tf.__version__:
+    if _minor_version() not in built:
         raise LibraryNotFoundError(
-            f"stf's op library {path} was built for TensorFlow {version}, and this is "
-            f"TensorFlow {tf.__version__}. {BUILD}, or install tensorflow=={version}."
+            f"stf's op library in {FOLDER} is for TensorFlow {', '.join(built)}, and this is TensorFlow "
+            f"{tf.__version__}. Install one that it is for, or build it for this one: `make lib` in a checkout, or "
+            "`pip install --no-build-isolation .`"
         )
     try:
         module = tf.load_op_library(str(path))
@@ -52,33 +63,36 @@ def load():
     return module
 
 
-@functools.cache
 def has_cuda():
     """Whether the library that `load` loads has kernels for NVIDIA GPUs."""
-    return bool(built_for()["cuda"])
+    return bool(architectures())
 
 
 def cpu_isa():
     """The instruction set that the CPU kernels run with here: "avx512", "avx2" or "generic"."""
-    load()
-    name = ctypes.CDLL(str(library_path())).stf_ops_cpu_isa
+    name = ctypes.CDLL(str(kernels_path())).stf_attention_cpu_isa
     name.restype = ctypes.c_char_p
     return name().decode()
 
 
-def built_for():
-    """What the library was built for: the version of TensorFlow, the GPU architectures.
+@functools.cache
+def architectures():
+    """The GPU architectures that the library has kernels for, as nvcc names them.
 
     Raises:
         LibraryNotFoundError: nothing says so, or nothing that can be read.
     """
     path = FOLDER / "built_for.json"
     try:
-        return {"cuda": (), **json.loads(path.read_text())}
+        return tuple(json.loads(path.read_text())["cuda"])
     except (OSError, ValueError) as error:
         raise LibraryNotFoundError(
             f"{path} should say what stf's op library was built for, and cannot be read: {error}. {BUILD}."
         ) from error
+
+
+def _minor_version():
+    return ".".join(tf.__version__.split(".")[:2])
 
 
 def is_available():

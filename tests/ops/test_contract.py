@@ -48,7 +48,7 @@ for pattern, n in ((stf.patterns.Fixed(100, 30), 700), (stf.patterns.Fixed(300, 
     for _ in range({repeats}):
         for x in run(inputs, pattern):
             digest.update(x.tobytes())
-isa = ctypes.CDLL(stf.ops.library.library_path()).stf_attention_cpu_isa
+isa = ctypes.CDLL(stf.ops.library.kernels_path()).stf_attention_cpu_isa
 isa.restype = ctypes.c_char_p
 print(isa().decode(), digest.hexdigest())
 """

@@ -17,6 +17,3 @@ STF_REGISTER_ATTENTION(tensorflow::DEVICE_CPU, OnCpu);
 
 }  // namespace
 }  // namespace stf
-
-// The only name of the library's that is not TensorFlow's: stf.doctor asks for it.
-extern "C" __attribute__((visibility("default"))) const char* stf_ops_cpu_isa() { return stf_attention_cpu_isa(); }
