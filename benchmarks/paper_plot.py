@@ -45,10 +45,18 @@ def draw(source, target):
         color, line, width = style(row["row"])
         low, high = min(low, *bits), max(high, bits[len(bits) // 8])
         for axis, key, unit in ((axes[0], "seconds", 60), (axes[1], "step", 1)):
-            axis.plot([point[key] / unit for point in points], bits, line, color=color, lw=width, label=row["row"])
+            axis.plot(
+                [point[key] / unit for point in points],
+                bits,
+                line,
+                color=color,
+                lw=width,
+                label=row["row"],
+                zorder=9 - width,
+            )
             axis.plot(lowest[key] / unit, lowest["validation"], "o", color=color, ms=4)
     for name, bits in result["packed"].items():
-        if low - 0.5 < bits < high + 0.5:
+        if low < bits < high + 0.5:
             for axis in axes:
                 axis.axhline(bits, color="#b0b0b0", lw=0.8, zorder=0)
             axes[1].annotate(
