@@ -13,7 +13,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 COLORS = {
     "strided": "#0b6e99", "fixed": "#e07b39", "dense": "#6b6b6b", "local": "#7a9a3a", "augmented": "#a04060",
-    "windows": "#8060b0",
+    "windows": "#8060b0", "small": "#0b6e99", "small_augmented": "#a04060",
 }  # fmt: skip
 POLICIES = {  # colour, line, width: lines that lie on one another stay to be seen
     "float32": ("#c0c0c0", "-", 5),

@@ -2,7 +2,7 @@
 
     python examples/evaluate.py --checkpoint=runs/cifar10/checkpoint.keras --data=cifar10 --path=PATH
     python examples/evaluate.py --checkpoint=runs/enwik8/checkpoint.keras --data=text --path=FILE --context=6144
-    python examples/evaluate.py ... --context=11264 --batch_size=1 --dynamic=1e-4    # the model learns as it reads
+    python examples/evaluate.py ... --context=11264 --batch_size=1 --dynamic=3e-5    # the model learns as it reads
     python examples/evaluate.py ... --losses=losses.npy     # nats of every byte, in the data's order
 
 The last line of output is JSON. --context is Table 3's minimum context of a counted byte, for text and audio.

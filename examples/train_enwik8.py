@@ -39,6 +39,7 @@ def main(_):
     maps = stf.callbacks.AttentionMaps(
         log_dir,
         max(validation.pieces, key=len)[:length],
+        most_layers=4,
         view=stf.callbacks.views.TextView(config["position_shape"]),
         **stf.experiments.flags.map_options(),
     )

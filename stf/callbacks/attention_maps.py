@@ -8,6 +8,8 @@ from stf.callbacks import drawing
 from stf.callbacks.views import ImageView
 from stf.training import steps_taken
 
+MOST_COLUMNS = 6  # of a figure that is not a card
+
 
 class AttentionMaps(keras.callbacks.Callback):
     """Shows where chosen queries look, for each layer and head, and what each pattern connects.
@@ -72,8 +74,10 @@ class AttentionMaps(keras.callbacks.Callback):
         """
         maps = self._maps(self.layers() if layers is None else list(layers))
         columns = self.view.columns(len(self.queries))
-        if layers is None and columns == len(self.queries):
-            columns *= len(self.heads())  # a line for each layer
+        if layers is None:
+            columns *= max(
+                1, min(len(self.heads()), MOST_COLUMNS // columns)
+            )  # a line for each layer, if there is room
         return self._figure([each for of_layer in maps for each in of_layer], columns)
 
     def _maps(self, layers):
@@ -88,6 +92,13 @@ class AttentionMaps(keras.callbacks.Callback):
                     title = f"layer {layer}, head {head}\n{name}\n{self.view.place(self.tokens, query)}"
                     maps[-1].append((self.view.attention(self.tokens, keys, weights[0], query), title))
         return maps
+
+    def _cards(self, maps):
+        """(what a card's name adds, its pictures) of a layer's pictures."""
+        if self.view.heads_share_a_card:
+            return [("", maps)]
+        count = len(self.queries)
+        return [(f", head {head}", maps[k * count : (k + 1) * count]) for k, head in enumerate(self.heads())]
 
     def _figure(self, maps, columns):
         """(picture, title) pairs in so many columns, under a heading and over the bar that says what colours mean."""
@@ -121,16 +132,17 @@ class AttentionMaps(keras.callbacks.Callback):
                 matrix = drawing.connectivity_picture(pattern, head, shown, len(reach))
                 pictures += [reach, drawing.enlarge(matrix, max(1, len(reach) // len(matrix)))]
                 titles += [f"{name}\n{self.view.reached}", f"the first {shown} queries\ndown, keys across"]
-        return drawing.panels(pictures, 4, titles, heading="What the patterns connect")
+        return drawing.panels(pictures, 2, titles, heading="What the patterns connect")
 
     def write(self):
         """Writes both figures now."""
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=steps_taken(self.model.optimizer)):
             layers = self.layers()
-            for layer, maps in zip(layers, self._maps(layers), strict=True):  # a card each, so that it can be read
-                figure = self._figure(maps, self.view.columns(len(self.queries)))
-                tf.summary.image(f"images/attention maps, layer {layer:03d}", figure[None])
+            for layer, maps in zip(layers, self._maps(layers), strict=True):  # cards as small as they open
+                for name, pictures in self._cards(maps):
+                    figure = self._figure(pictures, self.view.columns(len(self.queries)))
+                    tf.summary.image(f"images/attention maps, layer {layer:03d}{name}", figure[None])
             tf.summary.image("images/connectivity", self.connectivity()[None])
         writer.close()
         self._step = steps_taken(self.model.optimizer)

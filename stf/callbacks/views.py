@@ -16,6 +16,7 @@ class ImageView:
     heading = "Where chosen pixels (framed) look"
     legend = "root of the weight over the pixel's largest; grey: left out, black: later"
     reached = "one pixel's keys"
+    heads_share_a_card = True
 
     def __init__(self, image_shape=(32, 32, 3)):
         self.image_shape = positives("image_shape", image_shape)
@@ -54,11 +55,13 @@ class ImageView:
 
 
 class _OneDimensionalView:
-    """What text and sound share: positions in rows of the model's matrix, one query, at nine tenths.
+    """What text and sound share: positions in rows of the model's matrix, one query, at nine tenths, cards of one head.
 
     Args:
         position_shape: (rows, columns) of the model's positions.
     """
+
+    heads_share_a_card = False  # TensorBoard opens cards small: what has words in it must be small too
 
     def __init__(self, position_shape):
         self.position_shape = positives("position_shape", position_shape)
@@ -79,7 +82,7 @@ class _OneDimensionalView:
 
     def columns(self, queries):
         """Pictures side by side in a card."""
-        return 2
+        return 1
 
     def reach(self, pattern, head, query):
         """The picture of which positions a query's pattern has, in rows of the matrix."""
@@ -102,7 +105,7 @@ class TextView(_OneDimensionalView):
     legend = "root of the weight over the largest; grey: left out; \u00b0 the end of a line"
     reached = "one byte's keys"
 
-    def __init__(self, position_shape, columns=48, rows=10):
+    def __init__(self, position_shape, columns=40, rows=8):
         super().__init__(position_shape)
         self.shape = positives("columns and rows", (rows, columns))
 
@@ -138,7 +141,7 @@ class WaveView(_OneDimensionalView):
     legend = "root of the weight of a pixel's samples over the largest; grey: left out, black: later"
     reached = "one sample's keys"
 
-    def __init__(self, position_shape, size=(96, 480)):
+    def __init__(self, position_shape, size=(80, 400)):
         super().__init__(position_shape)
         self.size = positives("size", size)
 

@@ -41,7 +41,7 @@ def gradient_scales(model, dataset, verbose=1):
     return [np.sqrt(square.numpy() / batches) for square in squares]
 
 
-def evaluate_dynamically(model, dataset, scales, learning_rate=1e-4, decay=0.0, verbose=1):
+def evaluate_dynamically(model, dataset, scales, learning_rate=3e-5, decay=0.0, verbose=1):
     """Mean bits for each token of a data set that is read once, in its order, by a model which learns as it reads.
 
     Each batch is scored with the weights as they are, and only then are the weights moved against the gradient of that

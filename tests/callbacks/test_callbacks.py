@@ -200,7 +200,7 @@ def test_connectivity_shows_each_pattern_once(decided):
         connected[np.diag_indices(24)] = (20, 60, 150)
         pictures.append(connected)
         titles += [f"{NAMES[layer][head]}\none pixel's keys", "the first 72 queries\ndown, keys across"]
-    expected = drawing.panels(pictures, 4, titles, heading="What the patterns connect")
+    expected = drawing.panels(pictures, 2, titles, heading="What the patterns connect")
     np.testing.assert_array_equal(maps.connectivity(), expected)
 
 
@@ -341,7 +341,8 @@ def test_maps_of_text_and_sound_are_written_for_chosen_layers_and_heads(kind, tm
     titles, shapes = zip(*((title, picture.shape) for picture, title in maps._maps([2])[0]), strict=True)
     assert ["head 3" in titles[0], "head 1" in titles[1], len(titles), len(set(shapes))] == [True, True, 2, 1]
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
-    assert {"images/attention maps, layer 002", "images/connectivity"} == set(events.Tags()["tensors"])
+    cards = {f"images/attention maps, layer 002, head {head}" for head in (3, 1)}
+    assert cards | {"images/connectivity"} == set(events.Tags()["tensors"])
     for wrong in ({"layers": [3]}, {"heads": [4]}, {"layers": []}):
         with pytest.raises(ValueError, match="Received"):
             stf.callbacks.AttentionMaps(tmp_path, x[0], view=view, **wrong).set_model(made)
