@@ -5,7 +5,7 @@
     python benchmarks/paper.py --data=cifar10 --path=PATH --rows=strided   # one row; the file keeps the others
     python benchmarks/paper.py --data=cifar10 --path=PATH --minutes=10     # each row goes on to ten minutes
     python benchmarks/paper.py --data=cifar10 --path=PATH --num_blocks=8 --rows=strided --steps=1000 --brief \
-        --policy=float32,mixed_bfloat16,mixed_float16 --output=benchmarks/results/paper_policies.json
+        --every=50 --policy=mixed_bfloat16,mixed_float16,float32 --output=benchmarks/results/paper_policies.json
     python benchmarks/paper.py --data=cifar10 --path=PATH --num_blocks=2 --rows=small,small_augmented --steps=2000 \
         --examples=50 --warmup=100 --minutes=30 --every=250 --brief --output=benchmarks/results/paper_augmented.json
     python benchmarks/paper_plot.py                                        # the curves, docs/paper_*.svg
@@ -68,7 +68,7 @@ READ_ON = "fixed"  # the Enwik8 row of Table 3, dynamic evaluation and a text
 CONTEXTS = (0, 6144, 9216, 10752, 11904, 12096, 12160)  # of Table 3
 CONTEXT_WINDOWS = 4  # so many times the length is read for Table 3: the longest context takes 96 windows for each
 NEW = 1024  # bytes that dynamic evaluation learns from at a time
-RATES = 1e-5, 3e-5, 1e-4  # of dynamic evaluation, chosen among on the validation split
+RATES = 3e-5, 1e-4, 3e-4, 1e-3  # of dynamic evaluation, chosen among on the validation split
 
 
 class Curve(keras.callbacks.Callback):
@@ -333,7 +333,9 @@ def main():
     output = options.output or HERE / "results" / f"paper_{options.data}.json"
     splits = load(options.data, options.path)
     if options.examples:
-        if not 0 < options.examples <= len(splits.train) or options.data != "cifar10":
+        if options.data != "cifar10":
+            parser.error(f"--examples is for --data=cifar10. Received: --data={options.data}")
+        if not 0 < options.examples <= len(splits.train):
             parser.error(f"--examples must be of {len(splits.train)} images. Received: --examples={options.examples}")
         used = f"{splits.description}; {options.examples} used to train"
         splits = splits._replace(train=splits.train[: options.examples], description=used)

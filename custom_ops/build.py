@@ -181,6 +181,9 @@ def bazel_build(targets, versions, wanted, install_bazel=False):
         if os.environ.get("STF_CUDA_ARCHITECTURES"):
             sys.exit(f"{what}. Name its folder in CUDA_HOME, or ask for none: STF_CUDA_ARCHITECTURES=none.")
         print(f"{what}: building the CPU's alone", flush=True)
+    for folder in (folder for folders in versions.values() for folder in folders):
+        if re.search("[ :=]", str(folder)):
+            sys.exit(f"Bazel cannot be told of a folder with a space, a colon or an equals sign. Received: {folder}")
     environment = {
         "STF_TENSORFLOWS": " ".join(f"{name}={':'.join(map(str, folders))}" for name, folders in versions.items()),
         "STF_CUDA": toolkit,

@@ -19,7 +19,7 @@ from PIL import Image
 
 import stf
 
-flags.DEFINE_string("checkpoint", None, "A .keras file of a model of images.", required=True)
+flags.DEFINE_string("checkpoint", None, "A .keras file.", required=True)
 flags.DEFINE_string("image", None, "An image, of any size: its middle is taken.")
 flags.DEFINE_string("text", None, "A text, or any file: its first bytes are taken.")
 flags.DEFINE_string("audio", None, "A recording, of which the beginning is taken.")

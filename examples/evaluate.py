@@ -73,6 +73,8 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     if FLAGS.dynamic is not None and FLAGS.split in ("train", "all"):
         raise app.UsageError(f"--dynamic is for a split that is held out. Received: --split={FLAGS.split}")
+    if FLAGS.dynamic is not None and FLAGS.keep_policy:
+        raise app.UsageError("--dynamic computes in float32. Received: --keep_policy")
     model = keras.saving.load_model(FLAGS.checkpoint)
     stf.training.use_average(model)
     if not FLAGS.keep_policy:

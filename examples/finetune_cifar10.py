@@ -93,6 +93,8 @@ def fine_tune(model, images, labels):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    if FLAGS.from_scratch and not FLAGS.epochs:
+        raise app.UsageError("--from_scratch is for training the whole model. Received: --epochs=0")
     model = stf.models.SparseTransformer.from_preset(FLAGS.checkpoint)
     data, labels = stf.data.cifar10.load(FLAGS.data_dir), stf.data.cifar10.labels(FLAGS.data_dir)
     print(data.description)

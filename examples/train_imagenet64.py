@@ -54,11 +54,13 @@ def main(_):
     run_dir = pathlib.Path(options.run_dir)
     train, held_out, description = datasets(options)
     samples = stf.callbacks.Samples(run_dir / "log", (64, 64, 3), FLAGS.samples, seed=options.seed)
+    tokens = next(iter(held_out((0, 1))))[0][0].numpy()
+    maps = stf.callbacks.AttentionMaps(run_dir / "log", tokens, (64, 64, 3), **stf.experiments.flags.map_options())
     model = stf.experiments.run(
         stf.experiments.flags.make_model,
         train,
         held_out,
-        callbacks=[samples],
+        callbacks=[maps, samples],
         **stf.experiments.flags.run_arguments(description, strategy),
     )
     if not stf.experiments.is_first(strategy):

@@ -30,10 +30,14 @@ def panels(pictures, columns, titles=None, gap=8, heading=None):
     label = 17 * lines
     top = 30 if heading else 0
     rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, top + rows * (height + label + gap) + gap), BACKGROUND)
+    heading_font = ImageFont.load_default(size=16)
+    wide = columns * (width + gap) + gap
+    if heading:  # all of it is to be read
+        wide = max(wide, int(heading_font.getlength(heading)) + 2 * gap)
+    canvas = Image.new("RGB", (wide, top + rows * (height + label + gap) + gap), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     if heading:
-        draw.text((gap, 7), heading, INK, ImageFont.load_default(size=16))
+        draw.text((gap, 7), heading, INK, heading_font)
     for index, picture in enumerate(pictures):
         x = gap + index % columns * (width + gap)
         y = top + gap + index // columns * (height + label + gap)

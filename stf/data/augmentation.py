@@ -74,11 +74,17 @@ class ImageTransformations:
 
         Args:
             tokens: `[batch, position]`, images as they are.
-            conditions: integers `[batch, condition]`.
+            conditions: integers `[batch, condition]`, each below its size.
 
         Returns:
             A tensor like `tokens`.
+
+        Raises:
+            ValueError: tokens or conditions of another shape.
         """
+        for name, found, last in (("tokens", tokens, np.prod(self.shape)), ("conditions", conditions, len(self.sizes))):
+            if len(found.shape) != 2 or found.shape[1] != last:
+                raise ValueError(f"{name} must be [batch, {last}]. Received: {name} of shape {found.shape}")
         combination = 0
         for k, size in enumerate(self.sizes):
             combination = combination * size + tf.cast(conditions[:, k], tf.int32)

@@ -1,6 +1,7 @@
 """Dynamic evaluation: a model that goes on learning from what it has just been scored on."""
 
 import math
+import numbers
 import time
 
 import numpy as np
@@ -22,7 +23,7 @@ def gradient_scales(model, dataset, verbose=1):
         verbose: 1 shows a progress bar.
 
     Returns:
-        A list of float32 NumPy arrays, of the shapes of `model.trainable_variables`.
+        A list of float32 NumPy arrays, of the shapes of all weights that a model has (frozen ones among them).
 
     Raises:
         ValueError: dataset has no batch.
@@ -78,17 +79,17 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=3e-5, decay=0.0, 
     Raises:
         ValueError: nothing counts, a number is out of its range, or the scales are not of this model.
     """
-    if not (isinstance(learning_rate, int | float) and 0 <= learning_rate < math.inf):
+    if not (isinstance(learning_rate, numbers.Real) and 0 <= learning_rate < math.inf):
         raise ValueError(f"learning_rate must be 0 or more. Received: learning_rate={learning_rate!r}")
-    if not (isinstance(decay, int | float) and 0 <= decay <= 1):
+    if not (isinstance(decay, numbers.Real) and 0 <= decay <= 1):
         raise ValueError(f"decay must be from 0 to 1. Received: decay={decay!r}")
+    model = _copy(model)
     shapes = [tuple(weight.shape) for weight in model.trainable_variables]
     if [np.shape(scale) for scale in scales] != shapes:
         raise ValueError(
-            f"scales must be {len(shapes)} arrays, of the shapes of the model's trainable variables, as "
-            f"gradient_scales gives them. Received: {len(scales)} of shapes {[np.shape(scale) for scale in scales]}"
+            f"scales must be {len(shapes)} arrays, of the shapes of the model's weights, as gradient_scales "
+            f"gives them. Received: {len(scales)} of shapes {[np.shape(scale) for scale in scales]}"
         )
-    model = _copy(model)
     trained = [tf.identity(weight.value) for weight in model.trainable_variables]
     mean = sum(float(np.sum(scale, dtype=np.float64)) for scale in scales) / sum(map(np.size, scales))
     if not 0 < mean < math.inf:
@@ -97,7 +98,7 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=3e-5, decay=0.0, 
     rates = [tf.constant(learning_rate / (scale + LEAST * mean), tf.float32) for scale in scales]
     decays = [tf.constant(np.minimum(decay * scale / mean, 1), tf.float32) for scale in scales]
     losses_and_gradients = _losses_and_gradients(model)
-    found, total, begin = [], 0.0, time.perf_counter()
+    found, total, count, begin = [], 0.0, 0, time.perf_counter()
     size = dataset.cardinality().numpy()
     with tqdm(dataset, "reading", total=size if size >= 0 else None, disable=not verbose, unit="batch") as bar:
         for tokens, targets, *weights in bar:
@@ -110,18 +111,17 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=3e-5, decay=0.0, 
                 weight.assign(weight.value - rate * gradient + back * (first - weight.value))
             found.append(losses.numpy()[weights.numpy() > 0])
             total += found[-1].sum(dtype=np.float64)
-            bar.set_postfix(bits=f"{total / max(sum(map(len, found)), 1) / math.log(2):.4f}")
-    losses = np.concatenate([np.zeros(0, np.float32), *found])
-    if not losses.size:
+            count += found[-1].size
+            bar.set_postfix(bits=f"{total / max(count, 1) / math.log(2):.4f}")
+    if not count:
         raise ValueError("dataset must have a token that counts. Received: none")
-    return Evaluation(float(total / losses.size / math.log(2)), losses.size, losses, time.perf_counter() - begin)
+    return Evaluation(float(total / count / math.log(2)), count, np.concatenate(found), time.perf_counter() - begin)
 
 
 def _copy(model):
     """A model of its own weights, which computes in float32 and drops nothing."""
     copy = type(model).from_config(model.get_config() | {"dtype": "float32", "dropout": 0.0})
-    for weight, trained in zip(copy.trainable_variables, model.trainable_variables, strict=True):
-        weight.assign(trained)
+    copy.set_weights(model.get_weights())
     return copy
 
 

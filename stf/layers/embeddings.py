@@ -46,8 +46,10 @@ class SequenceEmbedding(keras.layers.Layer):
         `[batch, position, model_dim]`.
 
     Raises:
-        ValueError: for arguments that do not fit, or a sequence known to be longer than `position_shape` holds.
-        InvalidArgumentError: for such a sequence of dynamic length, when it runs.
+        ValueError: for arguments that do not fit, conditions of another shape, or a sequence known to be longer than
+            `position_shape` holds.
+        InvalidArgumentError: for such a sequence of dynamic length, when it runs; on a CPU, outside XLA, for a
+            condition that its table does not have.
     """
 
     def __init__(self, vocab_size, model_dim, position_shape, init="released", seed=None, conditions=(), **kwargs):
@@ -59,7 +61,9 @@ class SequenceEmbedding(keras.layers.Layer):
             raise ValueError(f"`init` must be one of {INITIALIZATIONS}. Received: init={init!r}")
         self.init = init
         self.seed = seed_or_none(seed)
-        self.conditions = () if conditions in ((), []) else positives("conditions", conditions)
+        self.conditions = (
+            () if isinstance(conditions, tuple | list) and not conditions else positives("conditions", conditions)
+        )
 
     @property
     def longest(self):
@@ -90,6 +94,7 @@ class SequenceEmbedding(keras.layers.Layer):
         ]
 
     def call(self, tokens, conditions=None):
+        conditions = self._checked(conditions, tokens.shape[0])
         places = self._places(tokens)
         batch = tf.shape(tokens)[0]
         start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.model_dim])
@@ -99,10 +104,24 @@ class SequenceEmbedding(keras.layers.Layer):
         embedded = tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
         return embedded + self._of_conditions(conditions, batch)[:, None] if self.conditions else embedded
 
+    def _checked(self, conditions, rows):
+        """Conditions as a tensor, or None; ValueError where they are not `[rows, condition]` integers of these."""
+        if conditions is None:
+            return None
+        conditions = tf.convert_to_tensor(conditions)
+        count = len(self.conditions)
+        fits = conditions.dtype.is_integer and conditions.shape.is_compatible_with((rows, count))
+        if not count or not fits:
+            batch = "batch" if rows is None else rows
+            raise ValueError(
+                f"conditions must be integers [{batch}, {count}], of a model that has them. "
+                f"Received: conditions of shape {conditions.shape} and dtype {conditions.dtype.name}"
+            )
+        return conditions
+
     def _of_conditions(self, conditions, batch):
         """The sum of the conditions' vectors, `[batch, model_dim]`."""
-        if conditions is None:
-            conditions = tf.zeros([batch, len(self.conditions)], tf.int32)
+        conditions = tf.zeros([batch, len(self.conditions)], tf.int32) if conditions is None else conditions
         tables = [tf.cast(table, self.compute_dtype) for table in self.condition_tables]
         return tf.add_n([_look_up(table, tf.cast(conditions[:, k], tf.int32)) for k, table in enumerate(tables)])
 
@@ -139,6 +158,7 @@ class SequenceEmbedding(keras.layers.Layer):
         Returns:
             `[batch, 1, model_dim]`.
         """
+        conditions = self._checked(conditions, None)
         before = tf.maximum(position - 1, 0)
         vector = tf.gather(self.tokens.value, token)  # [batch, model_dim]
         for k, table in enumerate(self.places):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import numbers
 import pathlib
 
 import keras
@@ -293,10 +294,10 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             float32 NumPy array `[sequence, model_dim]`.
 
         Raises:
-            ValueError: there is no such block.
+            ValueError: there is no such block; tokens are not integers `[sequence, position]`; a batch_size below 1.
         """
         block = (self.num_blocks - 1) // 2 if block is None else block
-        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < self.num_blocks:
+        if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 0 <= block < self.num_blocks:
             raise ValueError(f"block must be an int from 0 to {self.num_blocks - 1}. Received: block={block!r}")
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
@@ -341,13 +342,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
                 f"inputs must be tokens{', or tokens and conditions' if self.conditions else ''}: the model has "
                 f"conditions={self.conditions}. Received: {len(inputs)} inputs"
             )
-        tokens, conditions = inputs
-        if not tf.as_dtype(conditions.dtype).is_integer or conditions.shape[1:] != (len(self.conditions),):
-            raise ValueError(
-                f"conditions must be integers [batch, {len(self.conditions)}]. "
-                f"Received: conditions of shape {conditions.shape} and dtype {tf.as_dtype(conditions.dtype).name}"
-            )
-        return tokens, conditions
+        return tuple(inputs)
 
     def compute_output_spec(self, inputs, training=None):
         """Shape and dtype of the logits, for symbolic calls."""

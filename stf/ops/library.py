@@ -69,7 +69,12 @@ def has_cuda():
 
 
 def cpu_isa():
-    """The instruction set that the CPU kernels run with here: "avx512", "avx2" or "generic"."""
+    """The instruction set that the CPU kernels run with here: "avx512", "avx2" or "generic".
+
+    Raises:
+        LibraryNotFoundError: see `load`.
+    """
+    load()
     name = ctypes.CDLL(str(kernels_path())).stf_attention_cpu_isa
     name.restype = ctypes.c_char_p
     return name().decode()
@@ -85,7 +90,7 @@ def architectures():
     path = FOLDER / "built_for.json"
     try:
         return tuple(json.loads(path.read_text())["cuda"])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LibraryNotFoundError(
             f"{path} should say what stf's op library was built for, and cannot be read: {error}. {BUILD}."
         ) from error

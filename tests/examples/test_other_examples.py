@@ -185,4 +185,4 @@ def test_fine_tuning_names_what_can_be_seen(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert said["features"]["test"] > 0.8 and said["images"] == 60  # one of ten is chance
-    assert 0 <= said["from_scratch"] <= 1 and 0 <= said["fine_tuned"] <= 1
+    assert said.keys() == {"checkpoint", "images", "features", "from_scratch", "fine_tuned"}

@@ -396,3 +396,16 @@ def test_data_sets_are_fitted_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.fit(data, steps_per_epoch=2, verbose=0)
+
+
+def test_features_are_the_mean_of_a_blocks_normalized_output():
+    model, x = make(), tokens(5)
+    streams = [np.asarray(stream) for stream in model.stack.hidden(model.embedding(x))]
+    for block, stream in enumerate(streams[1:]):
+        normalized = (stream - stream.mean(-1, keepdims=True)) / np.sqrt(stream.var(-1, keepdims=True) + 1e-5)
+        found = model.features(x, np.int64(block), batch_size=2)
+        np.testing.assert_allclose(found, normalized.mean(1), atol=1e-5)
+    np.testing.assert_array_equal(model.features(x), model.features(x, 1))  # of three blocks
+    for wrong in ({"block": 3}, {"block": 0.5}, {"block": -1}, {"tokens": x[0]}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="Received"):
+            model.features(**({"tokens": x} | wrong))
