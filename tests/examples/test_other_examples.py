@@ -175,6 +175,7 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_fine_tuning_names_what_can_be_seen(tmp_path):
     model = stf.models.SparseTransformer.from_preset("cifar10-small", num_blocks=2, seed=0)
     model.save(tmp_path / "model.keras")

@@ -89,6 +89,7 @@ def test_evaluate_gives_one_line_of_json_and_every_bytes_loss(runs):
     assert result["bits_per_byte"] == pytest.approx(losses.mean() / np.log(2), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_with_a_model_that_learns_as_it_reads(runs):
     still, learning = (
         evaluated(runs[0], f"--path={TEXT}", "--limit=2500", "--batch_size=1", *flags)

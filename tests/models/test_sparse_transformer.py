@@ -354,7 +354,7 @@ def test_conditions_are_told_saved_and_counted(tmp_path):
     assert make().count_params() == model.count_params() - 5 * 8
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_told_model_learns_what_its_conditions_say(jit_compile):
     """Two classes of sequences, each one token repeated: only the class says the first token."""
     keras.utils.set_random_seed(0)
