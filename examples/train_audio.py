@@ -37,14 +37,9 @@ def main(_):
     config = stf.models.preset(options.preset)
     length, log_dir = config["length"], run_dir / "log"
     validation, test = (stream.head(FLAGS.held_out_bytes) for stream in (data.validation, data.test))
+    view = stf.callbacks.views.WaveView(config["position_shape"])
     with stf.experiments.blamed_on("--held_out_bytes"):
-        maps = stf.callbacks.AttentionMaps(
-            log_dir,
-            max(validation.pieces, key=len)[:length],
-            most_layers=4,
-            view=stf.callbacks.views.WaveView(config["position_shape"]),
-            **stf.experiments.flags.map_options(),
-        )
+        maps = stf.experiments.flags.maps_of_stream(log_dir, validation, length, view)
     model = stf.experiments.run(
         lambda: stf.experiments.flags.make_model("bits_per_byte"),
         lambda done, shard: stf.data.crops(data.train, length, options.batch_size, options.seed, done, shard),

@@ -7,6 +7,7 @@ from absl import flags
 
 import stf.models
 import stf.training
+from stf.callbacks import AttentionMaps
 from stf.experiments.errors import RunError
 
 FLAGS = flags.FLAGS
@@ -119,6 +120,23 @@ def map_options():
             raise RunError(f"--map_{name} must be from 0 to {count - 1}. Received: --map_{name}={','.join(given)}")
         found[name] = None if given is None else [int(each) for each in given]
     return found
+
+
+def maps_of_stream(log_dir, stream, length, view):
+    """The attention maps of a run on text or sound, a `stf.callbacks.AttentionMaps`.
+
+    Args:
+        log_dir: TensorBoard's folder.
+        stream: a `stf.data.Stream`; the beginning of its longest piece is shown.
+        length: of the model's sequences.
+        view: of `stf.callbacks.views`.
+
+    Raises:
+        ValueError: the stream has fewer than two positions in a piece.
+        RunError: flags that do not fit the model.
+    """
+    tokens = max(stream.pieces, key=len)[:length]
+    return AttentionMaps(log_dir, tokens, most_layers=4, view=view, **map_options())
 
 
 def run_arguments(data, strategy):

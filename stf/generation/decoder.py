@@ -225,8 +225,7 @@ class Decoder:
         # XLA's product of one row by a matrix is six times slower on a CPU than that of two.
         alone = self.batch_size == 1 and not tf.config.list_logical_devices("GPU")
         rows = (lambda x: tf.repeat(x, 2, 0)) if alone else tf.identity
-        x, state = self._over_blocks(run, weights, rows(embedded), state)
-        return x, state
+        return self._over_blocks(run, weights, rows(embedded), state)
 
     def _fill(self, tokens, count, conditions):
         def run(block, cache, layer, x, tensors):

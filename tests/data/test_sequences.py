@@ -152,7 +152,7 @@ def test_batches_are_transformed_as_their_conditions_say_whoever_asks():
     plain = batches(images, 4, seed=3)
     told = batches(images, 4, seed=3, transformations=transformations)
     shards = [batches(images, 4, 3, 0, (index, 2), transformations) for index in range(2)]
-    skipped = iter(batches(images, 4, 3, 1, transformations=transformations))
+    from_the_second = iter(batches(images, 4, 3, 1, transformations=transformations))
     for number, ((original, _), ((tokens, conditions), targets), *parts) in enumerate(
         zip(plain.take(5), told, *shards, strict=False)
     ):
@@ -162,7 +162,7 @@ def test_batches_are_transformed_as_their_conditions_say_whoever_asks():
             np.testing.assert_array_equal(of_shard, tokens[index::2])
             np.testing.assert_array_equal(its_conditions, conditions[index::2])
         if number:
-            np.testing.assert_array_equal(next(skipped)[0][0], tokens)
+            np.testing.assert_array_equal(next(from_the_second)[0][0], tokens)
 
 
 def test_transformations_are_drawn_evenly():
