@@ -165,10 +165,10 @@ class ReplicatedTrainer:
     def _where_there_are_rows(self, data, even, step, otherwise):
         """A step, or what takes its place on a replica for which the last batch of a data set left no row."""
         if even:
-            return self._compiled(step)
-        return tf.cond(_rows(data) > 0, lambda: self._compiled(step), otherwise)
+            return self._compiled(step, whole_step=True)
+        return tf.cond(_rows(data) > 0, lambda: self._compiled(step, whole_step=True), otherwise)
 
-    def _compiled(self, function):
+    def _compiled(self, function, whole_step=False):
         """The result of a function without arguments, compiled for this replica where the model is compiled by XLA."""
         if self.run_eagerly or not self.jit_compile:
             return function()

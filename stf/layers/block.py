@@ -19,7 +19,7 @@ def sigmoid_gelu(x):
     return tf.nn.silu(x, beta=1.702)
 
 
-def residual_add(stream, branch, rate, seed, addition):
+def residual_add(stream, branch, rate, seed, addition, part=None):
     """`stream + dropout(branch)`, the sum that ends each half of a block.
 
     Args:
@@ -28,9 +28,10 @@ def residual_add(stream, branch, rate, seed, addition):
         rate: of dropout.
         seed: int32 `[2]` of the block's call, or None for no dropout.
         addition: 0 after attention, 1 after feed-forward: each has a mask of its own.
+        part: `stf.layers.dropout.Part`, where these are a part of the positions.
     """
     if seed is not None and rate:
-        branch = stateless_dropout(branch, rate, seed + tf.constant([0, addition << 30], seed.dtype))
+        branch = stateless_dropout(branch, rate, seed + tf.constant([0, addition << 30], seed.dtype), part)
     return stream + branch
 
 
@@ -115,9 +116,10 @@ class Block:
         num_heads, key_dim, value_dim: of the attention.
         dropout: rate at both residual additions.
         epsilon: of both normalizations.
+        part: `stf.layers.dropout.Part`, where the stream is a part of the positions.
     """
 
-    def __init__(self, weights, pattern, num_heads, key_dim, value_dim, dropout, epsilon):
+    def __init__(self, weights, pattern, num_heads, key_dim, value_dim, dropout, epsilon, part=None):
         self.weights = weights
         self.pattern = pattern
         self.num_heads = num_heads
@@ -125,6 +127,7 @@ class Block:
         self.value_dim = value_dim
         self.dropout = dropout
         self.epsilon = epsilon
+        self.part = part
 
     def query_key_value(self, stream):
         """Queries, keys and values of the normalized stream, side by side: `[batch, position, units]`."""
@@ -163,7 +166,7 @@ class Block:
 
     def add_attention(self, stream, heads, seed=None):
         """H + a, where a is the dropped projection of the heads (Eq. 13)."""
-        return residual_add(stream, self.combine(heads), self.dropout, seed, 0)
+        return residual_add(stream, self.combine(heads), self.dropout, seed, 0, self.part)
 
     def hidden(self, stream):
         """W_1 norm(H + a) + b_1, before its activation: `[batch, position, ff_dim]`."""
@@ -176,7 +179,7 @@ class Block:
 
     def add_feed_forward(self, stream, hidden, seed=None):
         """H + a + b, the block's output (Eq. 12)."""
-        return residual_add(stream, self.feed_forward_output(hidden), self.dropout, seed, 1)
+        return residual_add(stream, self.feed_forward_output(hidden), self.dropout, seed, 1, self.part)
 
     def __call__(self, stream, seed=None):
         """The block: `[batch, position, model_dim]` to the same."""

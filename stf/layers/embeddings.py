@@ -95,14 +95,43 @@ class SequenceEmbedding(keras.layers.Layer):
 
     def call(self, tokens, conditions=None):
         conditions = self._checked(conditions, tokens.shape[0])
-        places = self._places(tokens)
-        batch = tf.shape(tokens)[0]
-        start = tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [batch, 1, self.model_dim])
         # Only what stays is looked up: the last token predicts nothing.
-        shifted = _look_up(tf.cast(self.tokens, self.compute_dtype), tf.cast(tokens[:, :-1], tf.int32)) + places
+        last = self._positions(tokens) - 1
+        last = max(last, 0) if isinstance(last, int) else tf.maximum(last, 0)
+        shifted = self._look_up(tokens[:, :-1]) + self._places(0, last)
         # An empty sequence has no room for the start vector.
-        embedded = tf.concat([start, shifted], axis=1)[:, : tf.shape(tokens)[1]]
-        return embedded + self._of_conditions(conditions, batch)[:, None] if self.conditions else embedded
+        embedded = tf.concat([self._starts(tokens), shifted], axis=1)[:, : tf.shape(tokens)[1]]
+        return self._conditioned(embedded, conditions)
+
+    def part(self, tokens, begin, end, conditions=None):
+        """What `call` gives for the positions from `begin` to `end`, as one of several devices needs it.
+
+        Args:
+            tokens: integers `[batch, position]`, whole sequences.
+            begin, end: ints; positions behind the last are padding.
+            conditions: as for `call`.
+
+        Returns:
+            `[batch, end - begin, model_dim]`.
+        """
+        conditions = self._checked(conditions, tokens.shape[0])
+        first, last = max(begin - 1, 0), min(end, tokens.shape[1]) - 1  # whose tokens are looked up
+        shifted = self._look_up(tokens[:, first : max(first, last)]) + self._places(first, max(first, last))
+        if begin == 0:
+            shifted = tf.concat([self._starts(tokens), shifted], axis=1)
+        embedded = tf.pad(shifted, [[0, 0], [0, end - begin - shifted.shape[1]], [0, 0]])
+        return self._conditioned(embedded, conditions)
+
+    def _starts(self, tokens):
+        return tf.broadcast_to(tf.cast(self.start, self.compute_dtype), [tf.shape(tokens)[0], 1, self.model_dim])
+
+    def _look_up(self, tokens):
+        return _look_up(tf.cast(self.tokens, self.compute_dtype), tf.cast(tokens, tf.int32))
+
+    def _conditioned(self, embedded, conditions):
+        if not self.conditions:
+            return embedded
+        return embedded + self._of_conditions(conditions, tf.shape(embedded)[0])[:, None]
 
     def _checked(self, conditions, rows):
         """Conditions as a tensor, or None; ValueError where they are not `[rows, condition]` integers of these."""
@@ -125,8 +154,8 @@ class SequenceEmbedding(keras.layers.Layer):
         tables = [tf.cast(table, self.compute_dtype) for table in self.condition_tables]
         return tf.add_n([_look_up(table, tf.cast(conditions[:, k], tf.int32)) for k, table in enumerate(tables)])
 
-    def _places(self, tokens):
-        """Place vectors of all positions but the last, `[position - 1, model_dim]`."""
+    def _positions(self, tokens):
+        """How many positions there are: an int, or a tensor; ValueError or InvalidArgumentError for too many."""
         positions = tokens.shape[1]
         if positions is None:
             positions = tf.shape(tokens)[1]
@@ -140,12 +169,21 @@ class SequenceEmbedding(keras.layers.Layer):
                 f"position_shape={self.position_shape} holds sequences of {self.longest} positions or less. "
                 f"Received: tokens of shape {tokens.shape}"
             )
+        return positions
+
+    def _places(self, begin, end):
+        """Place vectors of the positions from `begin`, an int, to `end`, an int or a tensor."""
+        inner = math.prod(self.position_shape[1:])
+        first = begin // inner
+        stop = -(-end // inner) if isinstance(end, int) else self.position_shape[0]
+        rows = max(first, stop) - first
         total = 0.0
         for k, table in enumerate(self.places):
             shape = [1] * len(self.position_shape) + [self.model_dim]
-            shape[k] = self.position_shape[k]
-            total += tf.reshape(tf.cast(table, self.compute_dtype), shape)
-        return tf.reshape(total, [self.longest, self.model_dim])[: tf.maximum(positions - 1, 0)]
+            shape[k] = self.position_shape[k] if k else rows
+            table = tf.cast(table if k else table[first : first + rows], self.compute_dtype)
+            total += tf.reshape(table, shape)
+        return tf.reshape(total, [rows * inner, self.model_dim])[begin - first * inner : end - first * inner]
 
     def step(self, token, position, conditions=None):
         """What `call` gives for one `position`, from the token before it.

@@ -49,10 +49,10 @@ class ResidualLoop:
         """The blocks, with the gradient of this module. Differentiable once."""
 
         def forward(stream, *weights):
-            return self._forward(stream, BlockWeights(*weights))
+            return self.forward(stream, BlockWeights(*weights))
 
         def backward(kept, upstream, _, *weights):
-            stream, grads = self._backward(BlockWeights(*weights), kept, upstream)
+            stream, grads = self.backward(BlockWeights(*weights), kept, upstream)
             return stream, *grads
 
         return differentiable_once(forward, backward)(stream, *self._weights)
@@ -67,7 +67,7 @@ class ResidualLoop:
     def _seed_of(self, i, k):
         return None if self._seed is None else self._seed + tf.stack([i * self._period + k, 0])
 
-    def _forward(self, stream, weights):
+    def forward(self, stream, weights):
         """The output, and what to keep: arrays over the loop's blocks, and a list over the rest."""
         looped = self._periods * self._period
         arrays = []
@@ -119,7 +119,7 @@ class ResidualLoop:
         ]
         return specs[: {True: 1, "attention": 3, False: 6}[self._recompute]]
 
-    def _backward(self, weights, kept, upstream):
+    def backward(self, weights, kept, upstream):
         """Gradients of the stream and of all weights."""
         arrays, rest = kept
         of_rest = []
@@ -158,18 +158,18 @@ class ResidualLoop:
         """
         weights = block.weights
         stream, *more = kept
-        projected, project_back = _vjp(block.query_key_value, weights[PROJECT], stream)
+        projected, project_back = vjp(block.query_key_value, weights[PROJECT], stream)
         if self._recompute is False:
             heads, log_sum_exp, projected, middle, hidden = more
         elif self._recompute == "attention":
             heads, log_sum_exp = more
         else:
             heads, log_sum_exp = block.attend(projected)
-        added, combine_back = _vjp(lambda *x: block.add_attention(*x, seed), weights[COMBINE], stream, heads)
+        added, combine_back = vjp(lambda *x: block.add_attention(*x, seed), weights[COMBINE], stream, heads)
         middle = middle if self._recompute is False else added
-        pre, hidden_back = _vjp(block.hidden, weights[HIDDEN], middle)
+        pre, hidden_back = vjp(block.hidden, weights[HIDDEN], middle)
         hidden = hidden if self._recompute is False else pre
-        _, output_back = _vjp(lambda *x: block.add_feed_forward(*x, seed), weights[OUTPUT], middle, hidden)
+        _, output_back = vjp(lambda *x: block.add_feed_forward(*x, seed), weights[OUTPUT], middle, hidden)
 
         (middle_grad, hidden_grad), output_grads = output_back(upstream)
         (through,), hidden_grads = hidden_back(hidden_grad)
@@ -178,7 +178,7 @@ class ResidualLoop:
         return stream_grad + through, [*project_grads, *combine_grads, *hidden_grads, *output_grads]
 
 
-def _vjp(function, weights, *inputs):
+def vjp(function, weights, *inputs):
     """A function's value, and the function from the value's gradient to those of the inputs and of the weights."""
     with tf.GradientTape() as tape:
         tape.watch([*inputs, *weights])

@@ -1,16 +1,20 @@
 """A stack of residual blocks whose weights are stacked, run by one loop."""
 
+import itertools
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from stf import ops
 from stf import patterns as stf_patterns
+from stf.distribution.exchanges import broadcast
 from stf.distribution.replicas import next_seed
 from stf.layers.attention import SparseAttention
 from stf.layers.block import Block, BlockWeights, folded
 from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
+from stf.layers.parallel_blocks import ParallelBlocks
 from stf.layers.residual_block import SparseResidualBlock
 from stf.layers.residual_loop import ResidualLoop
 from stf.layers.validation import above_zero, positive, rate, seed_or_none
@@ -163,6 +167,15 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
 
     def stacked_weights(self, index=None):
         """`stf.layers.block.BlockWeights` of all blocks `[block, ...]`, or of one; kernels in the dtype computed in."""
+        whole = self._folded_weights(index)
+        return BlockWeights(*map(tf.cast, whole, self._dtypes_computed_in(whole)))
+
+    def _dtypes_computed_in(self, weights):
+        """Of `BlockWeights`: a kernel's is the layer's, a bias' its own."""
+        return BlockWeights(*(x.dtype if at % 2 else self.compute_dtype for at, x in enumerate(weights)))
+
+    def _folded_weights(self, index=None):
+        """`stacked_weights`, all in the variables' dtype."""
         w = {
             name: tf.convert_to_tensor(variable.value) if index is None else variable.value[index]
             for name, variable in self._stacked.items()
@@ -173,7 +186,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         hidden = folded(w["feed_forward_norm_gamma"], w["feed_forward_norm_beta"], w["hidden_kernel"], w["hidden_bias"])
         combining = w["attention_output_kernel"], w["attention_output_bias"]
         pairs = (projection, combining, hidden, (w["output_kernel"], w["output_bias"]))
-        return BlockWeights(*(x for kernel, bias in pairs for x in (tf.cast(kernel, self.compute_dtype), bias)))
+        return BlockWeights(*itertools.chain(*pairs))
 
     def block(self, index):
         """One block as functions of its own weights, which are copies: a `stf.layers.block.Block`.
@@ -256,7 +269,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         drops = training and self.seed_generator is not None
         seed = next_seed(self.seed_generator) if drops else None
         weights = self.stacked_weights()
-        if training and self._runs_as_one_op(inputs):
+        if training and self.runs_as_one_op(inputs):
             return ops.residual_stack(
                 inputs,
                 weights,
@@ -271,10 +284,29 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         run = ResidualLoop(self.make_block, weights, self.period, self.recompute, seed)
         return run.differentiable(inputs) if training else run(inputs)
 
-    def _runs_as_one_op(self, inputs):
+    def runs_as_one_op(self, inputs):
         """Whether a training step is the GPU's op, and not a loop of TensorFlow's."""
         hidden = self._stacked["hidden_kernel"].shape[-1]
         return ops.runs_residual_stack(inputs, hidden, self.num_heads, self.key_dim, self.value_dim)
+
+    def parallel(self, streams, devices, positions, training=None):
+        """The stack on several devices, each of which has some of the positions: see `stf.layers.parallel_blocks`.
+
+        Args:
+            streams: for each device `[batch, m, model_dim]` of its m positions, in the sequence's order; the last ones
+                may have padding at their end.
+            devices: names of the devices.
+            positions: of a sequence, without padding; m is as `stf.patterns.partition.positions_of_device` says.
+            training: whether to drop, and whether a gradient will be asked for.
+
+        Returns:
+            The same of the outputs. Differentiable once, the same bits every run.
+        """
+        seed = None if not training or self.seed_generator is None else next_seed(self.seed_generator)
+        whole = self._folded_weights()
+        weights = broadcast(whole, self._dtypes_computed_in(whole), devices)
+        run = ParallelBlocks(self, devices, positions, streams[0].shape[1], seed)
+        return run(streams, weights, training)
 
     @property
     def period(self):

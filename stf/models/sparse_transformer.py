@@ -11,17 +11,24 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from stf import patterns as stf_patterns
-from stf.distribution.steps import ReplicatedTrainer
+from stf.distribution.sequence_parallel import (
+    SequenceParallelTrainer,
+    differentiable_on,
+    values_of,
+    with_values,
+)
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
 from stf.layers.attention import weights_of_queries
 from stf.layers.initialization import INITIALIZATIONS
+from stf.layers.parallel_blocks import compiled
 from stf.layers.validation import positive, positives, seed_or_none
 from stf.models.dispatch import without_waiting
 from stf.models.presets import preset
+from stf.patterns.partition import positions_of_device
 
 
 @keras.saving.register_keras_serializable(package="stf")
-class SparseTransformer(ReplicatedTrainer, keras.Model):
+class SparseTransformer(SequenceParallelTrainer, keras.Model):
     """An autoregressive model of byte sequences: logits of every byte from those before it.
 
         H_0 = embed(x);  H_k = block_k(H_{k-1});  logits = norm(H_N) W_out        (Eqs. 11-15)
@@ -321,6 +328,62 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
 
     def call(self, inputs, training=None):
         """Logits; see the class."""
+        inputs, conditions = self._checked_inputs(inputs)
+        x = self.stack(self.embedding(inputs, conditions), training=training)
+        return self._logits_of(x)
+
+    def parallel_call(self, inputs, devices, training, finish):
+        """The model on several devices, each with some of the positions: for `stf.distribution.SequenceParallel`.
+
+        Args:
+            inputs: as for a call; the number of positions must be static.
+            devices: names of the devices.
+            training: whether to drop, and whether a gradient will be asked for.
+            finish: function of `begin`, `end` and the logits of the positions from `begin` to `end`, called on the
+                device that has them; what it returns is differentiated there.
+
+        Returns:
+            What `finish` returned, of each device that has positions.
+        """
+        tokens, conditions = self._checked_inputs(inputs)
+        positions = tokens.shape[1]
+        if positions is None:
+            raise ValueError(
+                f"inputs must have a static number of positions where several devices share them. "
+                f"Received: inputs of shape {tokens.shape}"
+            )
+        chunk = positions_of_device(self.patterns, self.num_heads, positions, len(devices))
+        begins = range(0, positions, chunk)
+        embedding, ending = self.embedding.variables, [*self.final_norm.variables, *self.logits.variables]
+        of_embedding, of_ending = values_of(embedding), values_of(ending)
+
+        def embed(begin):
+            @compiled
+            def run(*values):
+                return with_values(embedding, values, self.embedding.part, tokens, begin, begin + chunk, conditions)
+
+            return run
+
+        def end(begin):
+            @compiled
+            def run(x, *values):
+                return with_values(ending, values, self._logits_of, x)
+
+            size = min(chunk, positions - begin)
+            return lambda x, *values: finish(begin, begin + size, run(x[:, :size], *values))
+
+        def on(device, function, *inputs):
+            return differentiable_on(device, function, *inputs)
+
+        streams = [on(d, embed(s * chunk), *of_embedding) for s, d in enumerate(devices)]
+        streams = self.stack.parallel(streams, devices, positions, training)
+        return [on(d, end(b), x, *of_ending) for d, b, x in zip(devices, begins, streams, strict=False)]
+
+    def _logits_of(self, stream):
+        return self.logits(tf.cast(self.final_norm(stream), self.logits.compute_dtype))
+
+    def _checked_inputs(self, inputs):
+        """Tokens and conditions of what the model is called with; ValueError where they are none."""
         inputs, conditions = self._tokens_and_conditions(inputs)
         if not tf.as_dtype(inputs.dtype).is_integer:
             raise ValueError(
@@ -330,8 +393,7 @@ class SparseTransformer(ReplicatedTrainer, keras.Model):
             raise ValueError(
                 f"inputs must have at most length={self.length} positions. Received: inputs of shape {inputs.shape}"
             )
-        x = self.stack(self.embedding(inputs, conditions), training=training)
-        return self.logits(tf.cast(self.final_norm(x), self.logits.compute_dtype))
+        return inputs, conditions
 
     def _tokens_and_conditions(self, inputs):
         """The parts of what the model is called with; conditions are None where they are not given."""

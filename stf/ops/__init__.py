@@ -4,7 +4,7 @@ from stf.ops.attention import attention
 from stf.ops.library import LibraryNotFoundError, is_available, library_path
 from stf.ops.packed_attention import packed_attention, packed_attention_gradient
 from stf.ops.reference import reference_attention
-from stf.ops.residual_stack import residual_stack, runs_residual_stack
+from stf.ops.residual_stack import residual_stack, runs_on_a_gpu, runs_residual_stack
 from stf.ops.residual_stack_decode import residual_stack_decode, runs_residual_stack_decode
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "reference_attention",
     "residual_stack",
     "residual_stack_decode",
+    "runs_on_a_gpu",
     "runs_residual_stack",
     "runs_residual_stack_decode",
 ]

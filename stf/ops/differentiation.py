@@ -7,11 +7,12 @@ def differentiable_once(forward, backward):
     """A function whose gradient is given, and of which no tape sees, and so keeps, what happens within.
 
     Args:
-        forward: function of tensors that returns a tensor and whatever `backward` needs of it.
-        backward: function of that, of the gradient of the tensor and of the inputs, that returns the inputs' gradients.
+        forward: function of tensors that returns a tensor, or a tuple of them, and whatever `backward` needs of it.
+        backward: function of that, of the gradient of each returned tensor and of the inputs, that returns the inputs'
+            gradients.
 
     Returns:
-        A function of the tensors that returns the tensor. Differentiating it twice is a LookupError.
+        A function of the tensors that returns what `forward` returns first. Differentiating it twice is a LookupError.
     """
 
     @tf.custom_gradient
@@ -19,11 +20,14 @@ def differentiable_once(forward, backward):
         inputs = [tf.stop_gradient(x) for x in watched]
         output, kept = forward(*inputs)
 
-        @tf.custom_gradient
-        def gradient(upstream, *_):
-            return tuple(backward(kept, tf.stop_gradient(upstream), *inputs)), _not_twice
+        count = len(output) if isinstance(output, tuple) else 1
 
-        return output, lambda upstream: gradient(upstream, *watched)  # so that a tape around this one asks again
+        @tf.custom_gradient
+        def gradient(*upstream_and_watched):
+            upstream = [tf.stop_gradient(x) for x in upstream_and_watched[:count]]
+            return tuple(backward(kept, *upstream, *inputs)), _not_twice
+
+        return output, lambda *upstream: gradient(*upstream, *watched)  # so that a tape around this one asks again
 
     return run
 

@@ -55,6 +55,53 @@ def _placed_on_a_cpu():
     return any(tf.DeviceSpec.from_string(scope).device_type == "CPU" for scope in scopes)
 
 
+class ResidualStack:
+    """The op and its gradient op, for whoever keeps what they keep under a gradient of their own.
+
+    Args:
+        seed, patterns, num_heads, key_depth, rate, epsilon, recompute: as `residual_stack` takes them.
+        part: length, first, run and step of a `stf.layers.dropout.Part`, where the inputs are a part of the positions.
+
+    Raises:
+        LibraryNotFoundError: the op library is missing, or was built without CUDA.
+    """
+
+    def __init__(self, seed, patterns, num_heads, key_depth, rate, epsilon, recompute, part=()):
+        if not library.has_cuda():
+            raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
+        _load_cublas()
+        for pattern in patterns:
+            pattern.check_heads(num_heads)
+        program, first_program = _joint_program(tuple(patterns), num_heads)
+        self._seed = tf.zeros([2], tf.int32) if seed is None else seed
+        self._attributes = {
+            "keep": KEEP[recompute],
+            "num_heads": num_heads,
+            "key_depth": key_depth,
+            "epsilon": epsilon,
+            "drop_below": 0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
+            "drop_scale": 1 / (1 - rate),
+            "scale": key_depth**-0.5,
+            "first_program": first_program,
+            "part": list(part),
+            **program.keywords(),
+        }
+
+    def forward(self, inputs, weights):
+        """The output, and what `backward` takes of it."""
+        output, *kept = library.load().stf_residual_stack(inputs, *weights, self._seed, **self._attributes)
+        return output, kept
+
+    def backward(self, kept, upstream, weights):
+        """The gradients of the inputs and of all weights, a list."""
+        return library.load().stf_residual_stack_grad(*kept, upstream, *weights, self._seed, **self._attributes)
+
+
+def op_weights(weights, dtype):
+    """`BlockWeights` as the op takes them for inputs of a dtype: kernels in that, biases in float32."""
+    return [tf.cast(x, dtype if x.shape.rank == 3 else tf.float32) for x in weights]
+
+
 def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0.0, epsilon=1e-6, recompute=False):
     """Residual blocks one after another (Child et al. 2019, Eqs. 11-14). Differentiable once, the same bits every run.
 
@@ -77,34 +124,12 @@ def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0
         InvalidArgumentError: for shapes that do not fit; names the argument.
         LibraryNotFoundError: the op library is missing, or was built without CUDA.
     """
-    if not library.has_cuda():
-        raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
-    _load_cublas()
-    for pattern in patterns:
-        pattern.check_heads(num_heads)
-    program, first_program = _joint_program(tuple(patterns), num_heads)
-    attributes = {
-        "keep": KEEP[recompute],
-        "num_heads": num_heads,
-        "key_depth": key_depth,
-        "epsilon": epsilon,
-        "drop_below": 0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
-        "drop_scale": 1 / (1 - rate),
-        "scale": key_depth**-0.5,
-        "first_program": first_program,
-        **program.keywords(),
-    }
-    seed = tf.zeros([2], tf.int32) if seed is None else seed
-
-    def forward(inputs, *weights):
-        output, *kept = library.load().stf_residual_stack(inputs, *weights, seed, **attributes)
-        return output, kept
-
-    def backward(kept, upstream, _, *weights):
-        return library.load().stf_residual_stack_grad(*kept, upstream, *weights, seed, **attributes)
-
-    weights = [tf.cast(x, inputs.dtype if x.shape.rank == 3 else tf.float32) for x in weights]
-    return differentiable_once(forward, backward)(inputs, *weights)
+    stack = ResidualStack(seed, patterns, num_heads, key_depth, rate, epsilon, recompute)
+    run = differentiable_once(
+        lambda inputs, *weights: stack.forward(inputs, weights),
+        lambda kept, upstream, _, *weights: stack.backward(kept, upstream, weights),
+    )
+    return run(inputs, *op_weights(weights, inputs.dtype))
 
 
 @functools.cache

@@ -49,7 +49,7 @@ struct Sizes {
 // Blocks that are computed again at a time, from the input of their first: the more, the less is kept, and the more workspace their
 // tensors take.
 constexpr int64_t kSegment = 2;
-inline int64_t Segment(const stf_stack& stack) { return stack.keep == STF_KEEP_STREAM ? kSegment : 1; }
+inline int64_t Segment(const stf_stack& stack) { return stack.keep == STF_KEEP_STREAM ? std::min(stack.blocks, kSegment) : 1; }
 
 // What a block computes on its way and its gradient needs: the normalized stream, query, key and value (`units`), attention's output
 // (`heads`), the stream after attention normalized, the hidden layer before and after f.

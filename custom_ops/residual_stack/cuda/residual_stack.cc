@@ -63,7 +63,8 @@ class Pass {
 
   Rows RowsOf(int64_t width) const { return {stack_.attention[0].dtype, sizes_.rows, width, stream_}; }
   Dropout DropoutOf(int64_t block, int32_t addition) const {
-    return {stack_.seed, stack_.drop_below, stack_.drop_scale, static_cast<int32_t>(block), addition};
+    return {stack_.seed, stack_.drop_below,        stack_.drop_scale, static_cast<int32_t>(block),
+            addition,    Problem(block).positions, stack_.part};
   }
   const stf_problem& Problem(int64_t block) const { return stack_.attention[block % stack_.period]; }
   stf_stack_weights Weights(int64_t block) const { return OfBlock(stack_, weights_, block); }

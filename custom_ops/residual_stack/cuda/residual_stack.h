@@ -23,6 +23,12 @@ enum stf_keep {
   STF_KEEP_ALL = 2,        // both normalized streams, query, key and value, attention's output, the hidden layer before and after f
 };
 
+// Which positions of whole sequences a stack's are, where it has a part of them: position t of it is `first + t / run * step + t % run`
+// of a sequence of `length`. Dropout's masks are then those of the whole. length 0: it has whole sequences.
+typedef struct {
+  int64_t length, first, run, step;
+} stf_part;
+
 typedef struct {
   int64_t blocks;
   int64_t width, hidden_width;  // of the stream; of the feed-forward layer
@@ -32,6 +38,7 @@ typedef struct {
   uint32_t drop_below;
   float drop_scale;
   const int32_t* seed;  // [2], device memory
+  stf_part part;
   // Block k runs attention[k mod period]. All of one batch, positions, heads, depths and dtype, which are the stack's; no lengths.
   int32_t period;
   const stf_problem* attention;

@@ -92,12 +92,22 @@ __device__ inline uint32_t Mix(uint32_t word) {
 // The masks of one addition. `first` and `second` are the seed's words.
 struct Mask {
   uint32_t first, second, below;
+  int64_t positions;
+  stf_part part;
 
   __device__ explicit Mask(const Dropout& dropout)
       : first(dropout.below ? Mix(dropout.seed[0] + static_cast<uint32_t>(dropout.block)) : 0),
         second(dropout.below ? Mix(dropout.seed[1] + (static_cast<uint32_t>(dropout.addition) << 30)) : 0),
-        below(dropout.below) {}
-  __device__ uint32_t OfRow(int64_t row) const { return Mix(Mix(static_cast<uint32_t>(row) + first) ^ second); }
+        below(dropout.below),
+        positions(dropout.positions),
+        part(dropout.part) {}
+  __device__ uint32_t OfRow(int64_t row) const {
+    if (part.length && below) {
+      const int64_t sequence = row / positions, t = row % positions;
+      row = sequence * part.length + part.first + t / part.run * part.step + t % part.run;
+    }
+    return Mix(Mix(static_cast<uint32_t>(row) + first) ^ second);
+  }
   __device__ bool Keeps(uint32_t of_row, int column) const { return Mix(of_row + static_cast<uint32_t>(column) * 0x9E3779B9u) >= below; }
 };
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "custom_ops/attention/problem.h"
+#include "custom_ops/residual_stack/cuda/residual_stack.h"
 
 namespace stf {
 namespace cuda {
@@ -17,12 +17,15 @@ constexpr int64_t kMostWidth = 2048;  // of a row that is normalized
 constexpr int64_t kParts = 528;       // partial sums over rows: thread blocks of a launch, four for each multiprocessor of an H100
 
 // Which elements of a branch are dropped: those whose hash of row and column, under the seed moved by (block, addition << 30), is below
-// `below`; the same as stf/layers/dropout.py. `scale` is for the others.
+// `below`; the same as stf/layers/dropout.py. `scale` is for the others. Rows are those of whole sequences, of which these `positions` are
+// the `part`.
 struct Dropout {
   const int32_t* seed;
   uint32_t below;
   float scale;
   int32_t block, addition;
+  int64_t positions;
+  stf_part part;
 };
 
 struct Rows {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "absl/strings/str_join.h"
 #include "custom_ops/tensorflow/attention/gpu.h"
 #include "custom_ops/tensorflow/attention/kernel.h"
 #include "custom_ops/tensorflow/residual_stack/stack.h"
@@ -13,7 +14,7 @@ namespace stf {
 
 struct StackAttributes {
   Program program;
-  std::vector<int64_t> first_program;
+  std::vector<int64_t> first_program, part;
   int64_t keep, heads, key_depth, drop_below;
   float epsilon, drop_scale;
 
@@ -27,6 +28,13 @@ struct StackAttributes {
     TF_RETURN_IF_ERROR(context->GetAttr("drop_below", &drop_below));
     TF_RETURN_IF_ERROR(context->GetAttr("epsilon", &epsilon));
     TF_RETURN_IF_ERROR(context->GetAttr("drop_scale", &drop_scale));
+    TF_RETURN_IF_ERROR(context->GetAttr("part", &part));
+    if (part.empty()) part.assign(4, 0);
+    if (part.size() != 4 || part[0] < 0 || part[0] >> 31 || (part[0] && (part[2] < 1 || part[3] < 0)))
+      return InvalidArgument(
+          "part must be four numbers, length, first, run and step: a length from 0 to 2^31 - 1, a run of 1 or more, a step of 0 or more, "
+          "or none. Received: part=[",
+          absl::StrJoin(part, ", "), "]");
     if (keep < STF_KEEP_STREAM || keep > STF_KEEP_ALL) return InvalidArgument("keep must be from 0 to 2. Received: keep=", keep);
     if (drop_below < 0 || drop_below >= int64_t{1} << 32)
       return InvalidArgument("drop_below must be from 0 to 2^32 - 1. Received: drop_below=", drop_below);
@@ -85,6 +93,7 @@ struct StackAttributes {
                 program.scale,
                 drop_below,
                 drop_scale,
+                {part[0], part[1], part[2], part[3]},
                 program.components.data(),
                 program.begin.data(),
                 first_program.data(),

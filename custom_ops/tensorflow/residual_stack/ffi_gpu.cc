@@ -17,6 +17,7 @@ struct Attributes {
   float epsilon;
   int64_t drop_below;
   float drop_scale;
+  ffi::Span<const int64_t> part;
 };
 
 // Buffers by their places; what is not there was never lowered so.
@@ -43,6 +44,7 @@ StackOptions Describe(const ffi::RemainingArgs& args, size_t first, const Attrib
           a.scale,
           a.drop_below,
           a.drop_scale,
+          {a.part[0], a.part[1], a.part[2], a.part[3]},
           reinterpret_cast<const stf_component*>(a.components.begin()),
           a.begin.begin(),
           a.first_program.begin(),
@@ -66,8 +68,8 @@ ffi::Error Done(const char* error) {
 
 ffi::Error Forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, Components components, ProgramBegin begin,
                    float scale, ffi::Span<const int64_t> first_program, int64_t keep, int64_t heads, int64_t key_depth, float epsilon,
-                   int64_t drop_below, float drop_scale) {
-  const Attributes attributes = {components, begin, scale, first_program, keep, heads, key_depth, epsilon, drop_below, drop_scale};
+                   int64_t drop_below, float drop_scale, ffi::Span<const int64_t> part) {
+  const Attributes attributes = {components, begin, scale, first_program, keep, heads, key_depth, epsilon, drop_below, drop_scale, part};
   const Stack stack(Describe(args, 0, attributes), Data<uint8_t>(At(args, kStackWeights + 2)), Data<int32_t>(At(args, kStackWeights + 1)));
   const stf_stack_weights weights = Weights(args, 1);
   return Done(stf_stack_cuda_forward(stack.get(), &weights, Data(At(args, 0)), Data(*At(results, 0)), Data(*At(results, 1)),
@@ -76,8 +78,8 @@ ffi::Error Forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingR
 
 ffi::Error Gradient(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets results, Components components, ProgramBegin begin,
                     float scale, ffi::Span<const int64_t> first_program, int64_t keep, int64_t heads, int64_t key_depth, float epsilon,
-                    int64_t drop_below, float drop_scale) {
-  const Attributes attributes = {components, begin, scale, first_program, keep, heads, key_depth, epsilon, drop_below, drop_scale};
+                    int64_t drop_below, float drop_scale, ffi::Span<const int64_t> part) {
+  const Attributes attributes = {components, begin, scale, first_program, keep, heads, key_depth, epsilon, drop_below, drop_scale, part};
   const Stack stack(Describe(args, 2, attributes), Data<uint8_t>(At(args, kStackWeights + 4)), Data<int32_t>(At(args, kStackWeights + 3)));
   const stf_stack_weights weights = Weights(args, 3);
   void* data[kStackWeights];
@@ -101,7 +103,8 @@ auto Bind() {
       .Attr<int64_t>("key_depth")
       .Attr<float>("epsilon")
       .Attr<int64_t>("drop_below")
-      .Attr<float>("drop_scale");
+      .Attr<float>("drop_scale")
+      .Attr<ffi::Span<const int64_t>>("part");
 }
 
 // Not for XLA's command buffers: a stack's thousands of kernels in a CUDA graph were no faster than launched one by one (H100), and had to

@@ -52,6 +52,7 @@ REGISTER_OP("StfResidualStack")
     .Attr("scale: float")
     .Attr("first_program: list(int)")
     .Attr("num_layouts: int >= 0 = 0")
+    .Attr("part: list(int) = []")
     .Attr("format: int = 1")
     .Attr("layouts: string = ''")
     .SetShapeFn(ForwardShapes)
@@ -80,6 +81,8 @@ components: records of six integers of all patterns' components, as StfAttention
 program_begin: of all patterns' programs, one pattern after another.
 scale: factor of the scores.
 first_program: of each pattern, and the number of programs: block k runs pattern k mod (size - 1).
+part: length, first, run and step, where the positions are a part of sequences of that length: position t is theirs
+  `first + t / run * step + t % run`. Dropout's masks are those of the whole sequences.
 format: as StfAttention's.
 layouts: the block layouts of format 1, which are not read any more.
 )doc");
@@ -119,6 +122,7 @@ REGISTER_OP("StfResidualStackGrad")
     .Attr("scale: float")
     .Attr("first_program: list(int)")
     .Attr("num_layouts: int >= 0 = 0")
+    .Attr("part: list(int) = []")
     .Attr("format: int = 1")
     .Attr("layouts: string = ''")
     .SetShapeFn(GradientShapes)

@@ -25,6 +25,7 @@ struct StackOptions {
   float epsilon, scale;
   int64_t drop_below;
   float drop_scale;
+  stf_part part;
   const stf_component* components;
   const int32_t* program_begin;
   const int64_t* first_program;
@@ -49,9 +50,11 @@ class Stack {
                       layouts,
                       nullptr};
     }
-    stack_ = {o.blocks,        o.width,   o.hidden_width,
-              o.keep,          o.epsilon, static_cast<uint32_t>(o.drop_below),
-              o.drop_scale,    seed,      static_cast<int32_t>(o.period),
+    stack_ = {o.blocks,        o.width,
+              o.hidden_width,  o.keep,
+              o.epsilon,       static_cast<uint32_t>(o.drop_below),
+              o.drop_scale,    seed,
+              o.part,          static_cast<int32_t>(o.period),
               problems_.data()};
   }
   Stack(const Stack&) = delete;

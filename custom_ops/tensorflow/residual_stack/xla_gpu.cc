@@ -67,6 +67,7 @@ class StackXla : public tensorflow::XlaOpKernel {
                                     .Add("epsilon", attributes_.epsilon)
                                     .Add("drop_below", attributes_.drop_below)
                                     .Add("drop_scale", attributes_.drop_scale)
+                                    .Add("part", attributes_.part)
                                     .text();
     const xla::XlaOp call =
         xla::CustomCallWithLayout(context->builder(), kGradient ? kStackGradientCall : kStackForwardCall, operands,
