@@ -27,10 +27,13 @@ HERE = pathlib.Path(__file__).resolve().parent
 STRIDE = 96  # of the CIFAR-10 preset
 
 
-def stf_row(preset, blocks=None, recompute=True, batch_size=16, length=None, stride=None, name=None):
-    """A row of ours: a preset, with what differs from it; at another length the strided pattern has a stride."""
+def stf_row(preset, blocks=None, recompute=True, batch_size=16, length=None, stride=None, name=None, gpus=1):
+    """A row of ours: a preset, with what differs from it; at another length the strided pattern has a stride.
+
+    Of several GPUs each has some of the positions of every sequence.
+    """
     row = dict(side="stf", name=name or preset, preset=preset, blocks=blocks, recompute=recompute)
-    return row | {"batch_size": batch_size, "length": length, "stride": stride}
+    return row | {"batch_size": batch_size, "length": length, "stride": stride, "gpus": gpus}
 
 
 def torch_row(kind, model="cifar10", blocks=None, recompute=False, batch_size=16, length=None, name=None):
@@ -92,12 +95,18 @@ def measure_ours(row, profiled):
         tf.config.experimental.set_memory_growth(gpu, True)
     keras.config.set_dtype_policy("mixed_bfloat16")
     config = make_config(row)
-    model = stf.models.SparseTransformer(**config, seed=1)
-    model.compile(
-        stf.training.optimizer(3.5e-4, average=0.999), stf.training.cross_entropy(), metrics=[stf.training.BitsPerDim()]
-    )
+    gpus = [f"GPU:{place}" for place in range(row["gpus"])]
+    strategy = stf.distribution.SequenceParallel(devices=gpus) if len(gpus) > 1 else tf.distribute.get_strategy()
+    with strategy.scope():
+        model = stf.models.SparseTransformer(**config, seed=1)
+        model.compile(
+            stf.training.optimizer(3.5e-4, average=0.999),
+            stf.training.cross_entropy(),
+            metrics=[stf.training.BitsPerDim()],
+        )
     tokens = np.random.default_rng(0).integers(0, 256, (row["batch_size"], config["length"])).astype("int32")
-    iterator = iter(tf.data.Dataset.from_tensors((tokens, tokens)).repeat().prefetch(2))
+    dataset = tf.data.Dataset.from_tensors((tokens, tokens)).repeat().prefetch(2)
+    iterator = iter(strategy.experimental_distribute_dataset(dataset) if len(gpus) > 1 else dataset)
     model.make_train_function()
     built = time.perf_counter() - begin
 
@@ -107,7 +116,8 @@ def measure_ours(row, profiled):
         return float(logs["loss"])  # waits for the device
 
     begin = time.perf_counter()
-    first_loss = steps(1)
+    with stf.distribution.exchanges.bytes_counted() as sent:
+        first_loss = steps(1)
     first = time.perf_counter() - begin
     steps(1)
     begin = time.perf_counter()
@@ -118,7 +128,8 @@ def measure_ours(row, profiled):
 
         busy, kernels = device_profile.profile(lambda: steps(2))
         return {"busy_ms": busy / 2 * 1e3, "kernels": [[name, n / 2, 1e3 * s / 2] for name, n, s in kernels[:40]]}
-    tf.config.experimental.reset_memory_stats("GPU:0")
+    for gpu in gpus:
+        tf.config.experimental.reset_memory_stats(gpu)
     ms, loss = median_step(steps, groups, count)
     return {
         "parameters": model.count_params(),
@@ -126,9 +137,10 @@ def measure_ours(row, profiled):
         "first_call_s": first,
         "ms": ms,
         "tokens_per_s": tokens.size / ms * 1e3,
-        "peak_GiB": tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**30,
+        "peak_GiB": max(tf.config.experimental.get_memory_info(gpu)["peak"] for gpu in gpus) / 2**30,
+        "sent_GB": sum(sent) / 1e9,
         "loss": [first_loss, loss],
-        "skipped": int(model.optimizer.skipped),
+        "skipped": int(tf.convert_to_tensor(model.optimizer.skipped)),
     }
 
 

@@ -51,6 +51,7 @@ class ParallelBlocks:
         self._partitions = {
             pattern: partition(pattern, stack.num_heads, positions, chunk, len(devices)) for pattern in distinct
         }
+        self._runners = {}  # made once, so that what they compile is compiled once for all blocks alike
 
     def __call__(self, streams, weights, training):
         """What the blocks make of `[batch, chunk, width]` of each device, differentiable once.
@@ -95,8 +96,8 @@ class ParallelBlocks:
                 kept.append(streams)
             for index in segment:
                 streams, modulus = self._lay(streams, modulus, index)
-                runner = self._runner(index, streams, recompute)
-                streams, of_block = runner.forward(streams, _of_block(weights, index, self._devices))
+                runner, given = self._runner(index, recompute), self._of_block(weights, index)
+                streams, of_block = runner.forward(streams, *given)
                 if training and recompute is not True:
                     kept.append(of_block)
         return self._lay(streams, modulus, None)[0], kept
@@ -109,23 +110,19 @@ class ParallelBlocks:
             first, last = segment[0], segment[-1]
             behind = grads
             grads, modulus = self._lay(grads, modulus, last)
-            runners, own = {}, {first: of_segment}
+            own = {first: of_segment}
             if recompute is True:
-                streams = on_each(self._devices, _after, of_segment, behind)
-                laid = self._modulus(first)
-                for index in segment:
+                streams, laid = on_each(self._devices, _after, of_segment, behind), self._modulus(first)
+                for index in segment[:-1]:
                     streams, laid = self._lay(streams, laid, index)
-                    runners[index] = self._runner(index, streams, False if index < last else True)
-                    if index < last:
-                        w = _of_block(weights, index, self._devices)
-                        streams, own[index] = runners[index].forward(streams, w)
-                    else:
-                        own[index] = runners[index].keep_inputs(streams)
+                    runner, given = self._runner(index, False), self._of_block(weights, index)
+                    streams, own[index] = runner.forward(streams, *given)
+                streams, _ = self._lay(streams, laid, last)
+                own[last] = self._runner(last, True).keep_inputs(streams)
             for index in reversed(segment):
                 grads, modulus = self._lay(grads, modulus, index)
-                runner = runners.get(index) or self._runner(index, grads, recompute)
-                w = _of_block(weights, index, self._devices)
-                grads, of_blocks[index] = runner.backward(own.pop(index), grads, w)
+                runner = self._runner(index, False if recompute is True and index < last else recompute)
+                grads, of_blocks[index] = runner.backward(own.pop(index), grads, *self._of_block(weights, index))
         grads, _ = self._lay(grads, modulus, None)
         stacked = on_each(
             self._devices,
@@ -151,19 +148,24 @@ class ParallelBlocks:
             streams = to_remainders(streams, self._devices, wanted)
         return streams, wanted
 
-    def _runner(self, index, streams, recompute):
-        found = self._partition(index)
-        seed = None if self._seed is None else self._seed + tf.constant([index, 0])
+    def _runner(self, index, recompute):
+        """What runs a block, and keeps for its gradient what `recompute` says."""
+        key = self._stack.pattern(index), recompute
+        if key not in self._runners:
+            self._runners[key] = self._make_runner(self._partition(index), recompute)
+        return self._runners[key]
+
+    def _make_runner(self, found, recompute):
         n, m, count = self._positions, self._chunk, len(self._devices)
         stack = self._stack
         if isinstance(found, Remainders):
             run = found.modulus // count
             parts = [Part(n, s * run, run, found.modulus) for s in range(count)]
-            return _WholeBlocks(stack, self._devices, found.patterns, parts, seed, recompute, streams, 0)
+            return _WholeBlocks(stack, self._devices, found.patterns, parts, recompute, 0)
         if isinstance(found, Halo):
             size = m + found.positions
             parts = [Part(n, max(0, s * m - found.positions), size, 0) for s in range(count)]
-            return _WholeBlocks(stack, self._devices, found.patterns, parts, seed, recompute, streams, found.positions)
+            return _WholeBlocks(stack, self._devices, found.patterns, parts, recompute, found.positions)
         if isinstance(found, Columns):
             exchange = ColumnsExchange(self._devices, found, stack.num_heads, stack.key_dim, stack.value_dim, m)
             heads = [stack.num_heads] * count
@@ -171,7 +173,18 @@ class ParallelBlocks:
             exchange = HeadsExchange(self._devices, found, stack.key_dim, stack.value_dim, n, m)
             heads = found.heads
         parts = [Part(n, s * m, m, 0) for s in range(count)]
-        return _DividedBlocks(stack, self._devices, found.patterns, parts, seed, recompute, exchange, heads)
+        blocks = [
+            _DividedBlock(stack, pattern, part, own)
+            for pattern, part, own in zip(found.patterns, parts, heads, strict=True)
+        ]
+        return _DividedBlocks(self._devices, blocks, recompute, exchange)
+
+    def _of_block(self, weights, index):
+        """The weights of one block on each device, `[1, ...]`, and the seed of its dropout there."""
+        of_devices = on_each(self._devices, lambda own: [w[index : index + 1] for w in own], weights)
+        if self._seed is None:
+            return of_devices, [None] * len(of_devices)
+        return of_devices, on_each(self._devices, lambda _: self._seed + tf.constant([index, 0]), of_devices)
 
 
 class _WholeBlocks:
@@ -182,115 +195,93 @@ class _WholeBlocks:
         devices: the devices.
         patterns: of each device.
         parts: of each device, which positions it runs.
-        seed: of the block's dropout, or None.
         recompute: what `backward` computes again.
-        streams: what the block takes, for its dtype.
         halo: positions of the halo.
     """
 
-    def __init__(self, stack, devices, patterns, parts, seed, recompute, streams, halo):
+    def __init__(self, stack, devices, patterns, parts, recompute, halo):
         self._devices = devices
         self._halo = HaloExchange(devices, halo)
+        self._blocks = [_WholeBlock(stack, *own, recompute) for own in zip(patterns, parts, strict=True)]
 
-        def runner(pattern, part, stream):
-            if stack.runs_as_one_op(stream):
-                return _OneOp(stack, pattern, part, seed, recompute)
-            return _Loop(stack, pattern, part, seed, recompute)
-
-        self._runners = on_each(devices, runner, patterns, parts, streams)
-
-    def forward(self, streams, weights):
+    def forward(self, streams, weights, seeds):
         """The block's outputs, and what `backward` takes of it."""
-        found = self._each(lambda run, *given: run.forward(*given), self._halo.put(streams), weights)
+        found = self._each("forward", self._halo.put(streams), weights, seeds)
         return self._halo.cut([output for output, _ in found]), [kept for _, kept in found]
 
     def keep_inputs(self, streams):
         """What `forward` would have `backward` take, where that is the inputs alone."""
-        return self._each(lambda run, x: run.keep_input(x), self._halo.put(streams))
+        return self._each("keep_input", self._halo.put(streams))
 
-    def backward(self, kept, grads, weights):
+    def backward(self, kept, grads, weights, seeds):
         """Gradients of the inputs; and those of each device's weights."""
-        grads = self._halo.cut_gradient(grads)
-        found = self._each(lambda run, *given: run.backward(*given), kept, grads, weights)
+        found = self._each("backward", kept, self._halo.cut_gradient(grads), weights, seeds)
         return self._halo.put_gradient([grad for grad, _ in found]), [of_weights for _, of_weights in found]
 
-    def _each(self, function, *lists):
-        return on_each(self._devices, function, self._runners, *lists)
+    def _each(self, method, *lists):
+        return on_each(self._devices, lambda block, *own: getattr(block, method)(*own), self._blocks, *lists)
 
 
-class _OneOp:
-    """A block of one device as the GPU's op."""
+class _WholeBlock:
+    """A block of one device: the GPU's op where it takes it, or TensorFlow's operations."""
 
-    def __init__(self, stack, pattern, part, seed, recompute):
-        self._op = ResidualStack(
-            seed, [pattern], stack.num_heads, stack.key_dim, stack.dropout, stack.epsilon, recompute, part
-        )
+    def __init__(self, stack, pattern, part, recompute):
+        self._stack, self._pattern, self._part, self._recompute = stack, pattern, part, recompute
+        self._forward, self._backward = compiled(self._forward), compiled(self._backward)
 
-    def forward(self, stream, weights):
-        return self._op.forward(stream, op_weights(weights, stream.dtype))
+    def forward(self, stream, weights, seed):
+        if self._stack.runs_as_one_op(stream):
+            return self._op(seed).forward(stream, op_weights(weights, stream.dtype))
+        return self._forward(stream, weights, seed)
 
     def keep_input(self, stream):
-        return [tf.reshape(stream, [1, -1]), tf.zeros([1, 0])]
+        if self._stack.runs_as_one_op(stream):
+            return [tf.reshape(stream, [1, -1]), tf.zeros([1, 0])]
+        return [], [(stream,)]
 
-    def backward(self, kept, grad, weights):
-        grad, *of_weights = self._op.backward(kept, grad, op_weights(weights, grad.dtype))
+    def backward(self, kept, grad, weights, seed):
+        if not self._stack.runs_as_one_op(grad):
+            return self._backward(kept, grad, weights, seed)
+        grad, *of_weights = self._op(seed).backward(kept, grad, op_weights(weights, grad.dtype))
         return grad, [tf.cast(of_weight, w.dtype) for of_weight, w in zip(of_weights, weights, strict=True)]
 
+    def _op(self, seed):
+        s = self._stack
+        options = s.num_heads, s.key_dim, s.dropout, s.epsilon, self._recompute
+        return ResidualStack(seed, [self._pattern], *options, self._part)
 
-class _Loop:
-    """A block of one device in TensorFlow's operations; compiled for a GPU."""
-
-    def __init__(self, stack, pattern, part, seed, recompute):
-        self._stack, self._pattern, self._part, self._seed = stack, pattern, part, seed
-        self._recompute = recompute
-
-    def _run(self, weights, seed):
+    def _loop(self, weights, seed):
         def make(_, w):
             return _block(self._stack, w, self._pattern, self._part)
 
         return ResidualLoop(make, BlockWeights(*weights), 1, self._recompute, seed)
 
-    def forward(self, stream, weights):
-        def run(stream, weights, seed):
-            return self._run(weights, seed).forward(stream, BlockWeights(*weights))
+    def _forward(self, stream, weights, seed):
+        return self._loop(weights, seed).forward(stream, BlockWeights(*weights))
 
-        return compiled(run)(stream, weights, self._seed)
-
-    def keep_input(self, stream):
-        return [], [(stream,)]
-
-    def backward(self, kept, grad, weights):
-        def run(kept, grad, weights, seed):
-            return self._run(weights, seed).backward(BlockWeights(*weights), kept, grad)
-
-        return compiled(run)(kept, grad, weights, self._seed)
+    def _backward(self, kept, grad, weights, seed):
+        return self._loop(weights, seed).backward(BlockWeights(*weights), kept, grad)
 
 
 class _DividedBlocks:
     """One block in three steps on each device, of which the second, attention, has other positions or heads.
 
     Args:
-        stack: the layer.
         devices: the devices.
-        patterns: of each device's attention; None where it has no head.
-        parts: of each device, which positions it has.
-        seed: of the block's dropout, or None.
+        blocks: of each device a `_DividedBlock`.
         recompute: what `backward` computes again.
         exchange: a `ColumnsExchange` or `HeadsExchange`.
-        heads: of each device's attention.
     """
 
-    def __init__(self, stack, devices, patterns, parts, seed, recompute, exchange, heads):
-        self._stack, self._devices, self._patterns, self._parts = stack, devices, patterns, parts
-        self._seed, self._recompute = seed, recompute
-        self._exchange, self._heads = exchange, heads
+    def __init__(self, devices, blocks, recompute, exchange):
+        self._devices, self._blocks, self._recompute, self._exchange = devices, blocks, recompute, exchange
 
-    def forward(self, streams, weights):
+    def forward(self, streams, weights, seeds):
         """The block's outputs, and what `backward` takes of it."""
         gathered = self._gathered(streams, weights)
-        attended = self._attended(gathered)
+        attended = self._each("attend", gathered)
         heads = self._exchange.take([output for output, _ in attended])
-        outputs = self._each(self._finish, streams, heads, weights)
+        outputs = self._each("finish", streams, heads, weights, seeds)
         kept = {True: (streams,), "attention": (streams, attended), False: (streams, attended, gathered, heads)}
         return outputs, kept[self._recompute]
 
@@ -298,7 +289,7 @@ class _DividedBlocks:
         """What `forward` would have `backward` take, where that is the inputs alone."""
         return (streams,)
 
-    def backward(self, kept, grads, weights):
+    def backward(self, kept, grads, weights, seeds):
         """Gradients of the inputs; and those of each device's weights."""
         streams, *more = kept
         attended = more[0] if more else None
@@ -306,84 +297,78 @@ class _DividedBlocks:
             _, gathered, heads = more
         else:
             gathered = self._gathered(on_each(self._devices, _after, streams, grads), weights)
-            attended = attended or self._attended(gathered)
+            attended = attended or self._each("attend", gathered)
             heads = self._exchange.take([output for output, _ in attended])
-        ends = self._each(self._finish_gradient, streams, heads, weights, grads)
-        to_heads = self._exchange.take_gradient([of_heads for _, of_heads, _ in ends])
-        to_units = self._exchange.put_gradient(self._each(self._attention_gradient, gathered, attended, to_heads))
-        begins = self._each(self._project_gradient, streams, weights, to_units, [grad for grad, _, _ in ends])
-        of_weights = [[*of_begin, *of_end] for (_, of_begin), (_, _, of_end) in zip(begins, ends, strict=True)]
+        ends = self._each("finish_gradient", streams, heads, weights, seeds, grads)
+        to_streams, to_heads, of_ends = (list(of_kind) for of_kind in zip(*ends, strict=True))
+        attention_grads = self._each("attention_gradient", gathered, attended, self._exchange.take_gradient(to_heads))
+        to_units = self._exchange.put_gradient(attention_grads)
+        begins = self._each("project_gradient", streams, weights, to_units, to_streams)
+        of_weights = [[*of_begin, *of_end] for (_, of_begin), of_end in zip(begins, of_ends, strict=True)]
         return [grad for grad, _ in begins], of_weights
 
-    def _each(self, function, *lists):
-        return on_each(self._devices, function, range(len(self._devices)), *lists)
-
     def _gathered(self, streams, weights):
-        return self._exchange.put(self._each(self._project, streams, weights))
+        return self._exchange.put(self._each("project", streams, weights))
 
-    def _attended(self, gathered):
-        return self._each(self._attend, gathered)
+    def _each(self, method, *lists):
+        return on_each(self._devices, lambda block, *own: getattr(block, method)(*own), self._blocks, *lists)
 
-    def _block(self, s, weights):
-        return _block(self._stack, BlockWeights(*(w[0] for w in weights)), self._patterns[s], self._parts[s])
 
-    def _project(self, s, stream, weights):
-        return compiled(lambda x, w: self._block(s, w).query_key_value(x))(stream, weights)
+class _DividedBlock:
+    """What one device does of a block before, in and behind its attention.
 
-    def _attend(self, s, units):
-        if not self._heads[s]:
+    Args:
+        stack: the layer.
+        pattern: of this device's attention; None where it has no head.
+        part: which positions it has.
+        heads: of its attention.
+    """
+
+    def __init__(self, stack, pattern, part, heads):
+        self._stack, self._pattern, self._part, self._heads = stack, pattern, part, heads
+        for name in ("project", "finish", "finish_gradient", "project_gradient"):
+            setattr(self, name, compiled(getattr(self, f"_{name}")))
+
+    def attend(self, units):
+        """Heads' outputs `[batch, position, heads * value_dim]`, and their log-sum-exps."""
+        if not self._heads:
             return units, tf.zeros([tf.shape(units)[0], 0, units.shape[1]])
-        output, log_sum_exp = self._attention(s).attend(units)
-        return tf.reshape(output, [-1, units.shape[1], self._heads[s] * self._stack.value_dim]), log_sum_exp
+        output, log_sum_exp = self._attention.attend(units)
+        return tf.reshape(output, [-1, units.shape[1], self._heads * self._stack.value_dim]), log_sum_exp
 
-    def _attention_gradient(self, s, units, attended, grad):
-        if not self._heads[s]:
+    def attention_gradient(self, units, attended, grad):
+        """The gradient of `attend`'s input, of what it gave and the first output's gradient."""
+        if not self._heads:
             return units
-        shape = [-1, units.shape[1], self._heads[s], self._stack.value_dim]
+        shape = [-1, units.shape[1], self._heads, self._stack.value_dim]
         output, log_sum_exp = attended
-        return self._attention(s).attention_gradient(
-            units, tf.reshape(output, shape), log_sum_exp, tf.reshape(grad, shape)
-        )
+        output, grad = tf.reshape(output, shape), tf.reshape(grad, shape)
+        return self._attention.attention_gradient(units, output, log_sum_exp, grad)
 
-    def _attention(self, s):
-        """The block of a device's heads, for its attention."""
-        return _block(self._stack, None, self._patterns[s], None, self._heads[s])
+    @property
+    def _attention(self):
+        return _block(self._stack, None, self._pattern, None, self._heads)
 
-    def _end(self, s, weights, seed):
-        """The function of the stream, of heads and of the weights behind attention that ends the block."""
+    def _block(self, weights):
+        return _block(self._stack, BlockWeights(*(w[0] for w in weights)), self._pattern, self._part)
 
-        def run(stream, heads, *behind):
-            block = self._block(s, [*weights[:2], *behind])
-            middle = block.add_attention(stream, heads, seed)
-            return block.add_feed_forward(middle, block.hidden(middle), seed)
+    def _project(self, stream, weights):
+        return self._block(weights).query_key_value(stream)
 
-        return run
+    def _finish(self, stream, heads, weights, seed):
+        block = self._block(weights)
+        middle = block.add_attention(stream, heads, seed)
+        return block.add_feed_forward(middle, block.hidden(middle), seed)
 
-    def _finish(self, s, stream, heads, weights):
-        def run(stream, heads, weights, seed):
-            return self._end(s, weights, seed)(stream, heads, *weights[2:])
+    def _finish_gradient(self, stream, heads, weights, seed, grad):
+        _, back = vjp(lambda *x: self._finish(*x, weights, seed), weights[2:], stream, heads)
+        (to_stream, to_heads), of_weights = back(grad)
+        return to_stream, to_heads, of_weights
 
-        return compiled(run)(stream, heads, weights, self._seed)
-
-    def _finish_gradient(self, s, stream, heads, weights, grad):
-        def run(stream, heads, weights, grad, seed):
-            # Weights are the inputs that are differentiated for, behind the stream and the heads.
-            _, back = vjp(self._end(s, weights, seed), (), stream, heads, *weights[2:])
-            (to_stream, to_heads, *of_weights), _ = back(grad)
-            return to_stream, to_heads, of_weights
-
-        return compiled(run)(stream, heads, weights, grad, self._seed)
-
-    def _project_gradient(self, s, stream, weights, grad, before):
-        def run(stream, weights, grad, before):
-            def project(stream, *first):
-                return self._block(s, [*first, *weights[2:]]).query_key_value(stream)
-
-            _, back = vjp(project, (), stream, *weights[:2])
-            (to_stream, *of_weights), _ = back(grad)
-            return before + to_stream, of_weights
-
-        return compiled(run)(stream, weights, grad, before)
+    def _project_gradient(self, stream, weights, grad, before):
+        _, back = vjp(lambda x: self._project(x, weights), weights[:2], stream)
+        (to_stream,), of_weights = back(grad)
+        return before + to_stream, of_weights
 
 
 def compiled(function):
@@ -396,11 +381,6 @@ def compiled(function):
 def _block(stack, weights, pattern, part, heads=None):
     heads = stack.num_heads if heads is None else heads
     return Block(weights, pattern, heads, stack.key_dim, stack.value_dim, stack.dropout, stack.epsilon, part)
-
-
-def _of_block(weights, index, devices):
-    """The weights of one block on each device, `[1, ...]`."""
-    return on_each(devices, lambda of_device: [w[index : index + 1] for w in of_device], weights)
 
 
 def _after(x, signal):

@@ -1,0 +1,88 @@
+"""A sequence on several devices: losses, gradients, training and checkpoints as one device's, the same bits each run."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import stf
+
+# Virtual devices must be made before TensorFlow starts, so in processes of their own.
+PROGRAM = pathlib.Path(__file__).with_name("sequence_parallel.py")
+FAST = {
+    2: ["strided ragged/float64", "fixed/float64", "strided/mixed_bfloat16"],
+    4: ["all kept/float64"],
+}
+SWEEP = [
+    *(f"{case}/float64" for case in (
+        "strided", "strided merged", "three to one", "fixed ragged", "fixed, one sub-block", "summary", "causal",
+        "blocks", "per head", "far", "attention kept", "all kept",
+    )),
+    *(f"{case}/{dtype}" for case in ("strided ragged", "all kept", "attention kept", "blocks", "per head")
+      for dtype in ("float32", "mixed_bfloat16", "mixed_float16")),
+]  # fmt: skip
+
+
+@functools.cache
+def found(count, *names):
+    """What the program printed, by name."""
+    command = [sys.executable, PROGRAM, str(count), *names]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "STF_DEVICES": "CPU"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def check(row):
+    """Exact in float64, but for a loss that Keras computes in float32; elsewhere no farther off than one device is."""
+    single = float(np.finfo("float32").eps)
+    alone, apart = row["apart"]
+    np.testing.assert_allclose(*row["loss"], rtol=2e-3 if "mixed" in row["name"] else 4 * single)
+    assert apart <= (4 * single if row["name"].endswith("float64") else 1.5 * alone), row
+    assert row["same_bits"], row
+    assert row["bytes"] > 0, row
+
+
+@pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in FAST.items() for name in names])
+def test_several_devices_do_what_one_does(count, name):
+    check(found(count, *FAST[count])[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("name", SWEEP)
+def test_several_devices_do_what_one_does_with_every_pattern(count, name):
+    check(found(count, *SWEEP)[name])
+
+
+def test_fit_and_checkpoints_are_those_of_one_device():
+    """Trained on two and on two times two, saved, and loaded on one and on four."""
+    row = found(4, "fit")["fit"]
+    one, two, again, grouped = (row[name] for name in ("one", "two", "two again", "two times two"))
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
+    np.testing.assert_allclose(two["val_bits_per_dim"], one["val_bits_per_dim"], rtol=1e-5)
+    np.testing.assert_allclose(grouped["loss"], one["loss"], rtol=1e-5)
+    assert two == again
+    assert len(set(row["evaluated"])) == 1 or np.ptp(row["evaluated"]) < 1e-6 * row["evaluated"][0]
+    np.testing.assert_allclose(row["goes on"][1], row["goes on"][0], rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    for arguments, said in (
+        ({"devices": []}, "devices must be a list of different names of devices. Received: devices=[]"),
+        ({"devices": ["CPU:0", "CPU:0"]}, "Received: devices=['CPU:0', 'CPU:0']"),
+        ({"devices": ["CPU:0"], "devices_per_sequence": 2}, "divides the number of devices, 1. Received: "),
+        ({"devices": ["CPU:0"], "devices_per_sequence": 0}, "devices_per_sequence=0"),
+        ({"devices": ["CPU:0"], "devices_per_sequence": True}, "devices_per_sequence=True"),
+    ):
+        with pytest.raises(ValueError, match="devices") as error:
+            stf.distribution.SequenceParallel(**arguments)
+        assert said in str(error.value)
+    assert "reduction=None" in found(2, "refused")["refused"]["loss"]
+    assert "static number of positions" in found(2, "refused")["refused"]["positions"]
