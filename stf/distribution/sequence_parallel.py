@@ -81,6 +81,10 @@ class SequenceParallelTrainer(ReplicatedTrainer):
         strategy = self._distribute_strategy
         return isinstance(strategy, SequenceParallel) and strategy.devices_per_sequence > 1
 
+    @property
+    def _takes_dynamic_shapes(self):
+        return not self._is_parallel
+
     def _compiled(self, function, whole_step=False):
         # XLA's programs are of one device each.
         return function() if whole_step and self._is_parallel else super()._compiled(function)

@@ -32,6 +32,7 @@ class ReplicatedTrainer:
     """
 
     asks_to_stop = False
+    _takes_dynamic_shapes = True
     _votes = ()
 
     @property
@@ -96,7 +97,7 @@ class ReplicatedTrainer:
             return strategy.experimental_local_results(strategy.run(step, args=(data, vote, even)))[0]
 
         if not self.run_eagerly:
-            on_all = tf.function(on_all, reduce_retracing=True, autograph=False)
+            on_all = tf.function(on_all, reduce_retracing=self._takes_dynamic_shapes, autograph=False)
         self._votes = ()
 
         def function(iterator):

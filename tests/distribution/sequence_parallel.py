@@ -146,21 +146,24 @@ def compare_fits():
 def refusals():
     """What is said of a loss that is no mean, and of a length that is not known."""
     found = {}
-    cases = {
-        "loss": (keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None), TOKENS[:2]),
-        "positions": (stf.training.cross_entropy(), None),
-    }
-    for name, (loss, tokens) in cases.items():
-        model = make_model(parallel(2), loss=loss, weighted_metrics=None)
-        data = tf.data.Dataset.from_tensors(TOKENS[:2]).map(lambda x: (x, x))
-        if tokens is None:
-            data = tf.data.Dataset.from_tensors(TOKENS[0]).map(lambda x: tf.boolean_mask(x, x >= 0)).batch(2)
-            data = data.map(lambda x: (x, x))
-        try:
-            model.fit(data, verbose=0)
-        except ValueError as error:
-            found[name] = str(error)
-    return found
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)
+    try:
+        make_model(parallel(2), loss=loss, weighted_metrics=None).fit(TOKENS[:2], TOKENS[:2], verbose=0)
+    except ValueError as error:
+        found["loss"] = str(error)
+    strategy = parallel(2)
+    model = make_model(strategy)
+
+    @tf.function(input_signature=[tf.TensorSpec([2, None], tf.int32)], autograph=False)
+    def step(tokens):
+        return strategy.run(lambda x: model._loss_and_gradients((x, x)), args=(tokens,))
+
+    try:
+        step(TOKENS[:2])
+    except ValueError as error:
+        found["positions"] = str(error)
+    lengths = [len(model.fit(TOKENS[:2, :n], TOKENS[:2, :n], verbose=0).history["loss"]) for n in (96, 90, 17)]
+    return found | {"fits of other lengths": lengths}
 
 
 def main():

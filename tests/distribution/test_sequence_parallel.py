@@ -1,4 +1,4 @@
-"""A sequence on several devices: losses, gradients, training and checkpoints as one device's, the same bits each run."""
+"""A sequence on several devices: losses, gradients, training, checkpoints as one device's, the same bits each run."""
 
 import functools
 import json
