@@ -114,13 +114,21 @@ def from_remainders(streams, devices, modulus):
 
     def deal(x):
         wide = _wide(x)
-        run = modulus // count * wide.shape[-1]
-        return tf.unstack(tf.reshape(wide, [-1, count, positions // modulus, run]), axis=1)
+        return [rows(wide, j * positions // count, (j + 1) * positions // count) for j in range(count)]
 
     def join(parts):
+        run = modulus // count * parts[0].shape[-1]
+        parts = [tf.reshape(part, [-1, positions // modulus, run]) for part in parts]
         return _narrow(tf.stack(parts, axis=2), positions, width, dtype)
 
     return on_each(devices, join, all_to_all(on_each(devices, deal, streams), devices))
+
+
+def rows(x, begin, end):
+    """`x[:, begin:end]`; of a single sequence nothing is copied."""
+    if x.shape[0] != 1:
+        return x[:, begin:end]
+    return x[0][begin:end][None]
 
 
 def _wide(x):
@@ -155,35 +163,45 @@ class HaloExchange:
         h = self._positions
         if not h:
             return streams
-        tails = on_each(self._devices, lambda x: x[:, -h:], streams)
+        tails = on_each(self._devices, lambda x: rows(x, x.shape[1] - h, x.shape[1]), streams)
 
-        def at(s):
-            x = streams[s]
-            halo = send(tails[s - 1], s - 1, s, self._devices) if s else tf.zeros_like(x[:, :h])
-            return tf.concat([halo, x] if s else [x, halo], axis=1)
+        def at(s, x):
+            halo = send(tails[s - 1], (s - 1) % len(self._devices), s, self._devices)
+            if s:
+                return tf.concat([halo, x], axis=1)
+            # Waited for, though not used. A copy begins when its sender has done whatever it was told before: were the
+            # first device to go on at once, the second one's halo would come behind all of that.
+            with tf.control_dependencies([halo]):
+                return tf.concat([x, tf.zeros_like(halo)], axis=1)
 
-        return on_each(self._devices, at, range(len(self._devices)))
+        return on_each(self._devices, at, *_numbered(streams))
 
     def put_gradient(self, grads):
         """The gradient of `put`: what the halo got goes back to where it came from."""
         h = self._positions
         if not h:
             return grads
-        fronts = on_each(self._devices, lambda x: x[:, :h], grads)
-        own = self.cut(grads)
+        fronts = on_each(self._devices, lambda x: rows(x, 0, h), grads)
 
-        def at(s):
-            if s + 1 == len(self._devices):
-                return own[s]
-            tail = own[s][:, -h:] + send(fronts[s + 1], s + 1, s, self._devices)
-            return tf.concat([own[s][:, :-h], tail], axis=1)
+        def at(s, x):
+            source = (s + 1) % len(self._devices)
+            halo = send(fronts[source], source, s, self._devices)
+            if not source:
+                with tf.control_dependencies([halo]):  # as in `put`
+                    return tf.identity(x)
+            last = x.shape[1] - h
+            return tf.concat([rows(x, 0, last), rows(x, last, x.shape[1]) + halo], axis=1)
 
-        return on_each(self._devices, at, range(len(self._devices)))
+        return on_each(self._devices, at, *_numbered(self.cut(grads)))
 
     def cut(self, streams):
         """Chunks without their halo."""
         h = self._positions
-        return on_each(self._devices, lambda s, x: x[:, h:] if s else x[:, : x.shape[1] - h], *_numbered(streams))
+
+        def at(s, x):
+            return rows(x, h, x.shape[1]) if s else rows(x, 0, x.shape[1] - h)
+
+        return on_each(self._devices, at, *_numbered(streams)) if h else streams
 
     def cut_gradient(self, grads):
         """The gradient of `cut`: zeros in the halo's place."""
@@ -294,7 +312,9 @@ class ColumnsExchange:
 
         def at(s, x):
             if not s:
-                return x
+                signal = send(taken[-1][:, :1], len(taken) - 1, 0, self._devices)
+                with tf.control_dependencies([signal]):  # as in `HaloExchange.put`
+                    return tf.identity(x)
             front = tf.concat([send(taken[i], i, s, self._devices) for i in range(s)], axis=1)
             front = tf.pad(front, [[0, 0], [0, 0], [self._query_width, 0]])
             return tf.concat([front, x], axis=1)
@@ -313,7 +333,9 @@ class ColumnsExchange:
         def at(s, x):
             received = [send(pieces[j][s], j, s, self._devices) for j in range(s + 1, len(self._devices))]
             if not received:
-                return x
+                signal = send(grads[0][:, :1], 0, s, self._devices)
+                with tf.control_dependencies([signal]):  # as in `HaloExchange.put`
+                    return tf.identity(x)
             parts = tf.split(tf.add_n(received), self._widths, axis=-1)
             parts = [self._put_back(part, d) for part, d in zip(parts, self._depths, strict=True)]
             return x + tf.pad(tf.concat(parts, axis=-1), [[0, 0], [0, 0], [self._query_width, 0]])

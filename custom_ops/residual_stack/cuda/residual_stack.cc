@@ -147,7 +147,8 @@ class Forward : public Pass {
     auto activations = [&](int64_t block) { return Merge(Kept(stack_, kept, statistics, block), shared_[0]); };
     RoundBiases();
     Activations a = activations(0);
-    if (a.stream) Check(cudaMemcpyAsync(a.stream, input, sizes_.rows * sizes_.width * kElement, cudaMemcpyDeviceToDevice, stream_));
+    if (a.stream && a.stream != input)
+      Check(cudaMemcpyAsync(a.stream, input, sizes_.rows * sizes_.width * kElement, cudaMemcpyDeviceToDevice, stream_));
     Normalize(input, a.normalized, a.inv_std);
     for (int64_t block = 0; block < stack_.blocks; block++) {
       const Activations next = block + 1 < stack_.blocks ? activations(block + 1) : Activations{};

@@ -67,7 +67,7 @@ size_t stf_stack_cuda_forward_workspace(const stf_stack* stack);
 size_t stf_stack_cuda_backward_workspace(const stf_stack* stack);
 
 // input, output: [batch, position, width]. kept: [rows, stf_stack_kept], statistics: [rows, stf_stack_kept_statistics], both as the
-// gradient takes them. Returns null, or what went wrong.
+// gradient takes them; `kept` may be `input` where that is all there is to keep. Returns null, or what went wrong.
 const char* stf_stack_cuda_forward(const stf_stack* stack, const stf_stack_weights* weights, const void* input, void* output, void* kept,
                                    float* statistics, void* workspace, void* stream);
 

@@ -64,10 +64,16 @@ class StackForward : public StackBase<T, 1> {
     stf_stack_weights weights;
     OP_REQUIRES_OK(context, this->Read(context, &options, &layouts, &seed, &weights));
     const Stack stack(options, layouts, seed);
-    Tensor *output, *kept, *statistics, workspace;
+    Tensor *output, *kept, *statistics, workspace, input;
     OP_REQUIRES_OK(context, context->allocate_output(0, context->input(0).shape(), &output));
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(1, TensorShape({stf_stack_kept_rows(stack.get()), stf_stack_kept(stack.get())}), &kept));
+    const TensorShape kept_shape({stf_stack_kept_rows(stack.get()), stf_stack_kept(stack.get())});
+    if (options.keep == STF_KEEP_STREAM && kept_shape.dim_size(0) == 1) {  // the input, and nothing else
+      OP_REQUIRES(context, input.CopyFrom(context->input(0), kept_shape), tensorflow::errors::Internal("StfResidualStack: kept"));
+      context->set_output(1, input);
+      kept = &input;
+    } else {
+      OP_REQUIRES_OK(context, context->allocate_output(1, kept_shape, &kept));
+    }
     OP_REQUIRES_OK(context, context->allocate_output(
                                 2, TensorShape({stf_stack_kept_rows(stack.get()), stf_stack_kept_statistics(stack.get())}), &statistics));
     OP_REQUIRES_OK(context, this->Workspace(context, stf_stack_cuda_forward_workspace(stack.get()), &workspace));
