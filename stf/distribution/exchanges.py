@@ -66,6 +66,16 @@ def broadcast(tensors, dtypes, devices):
     return [everywhere[s * count : (s + 1) * count] for s in range(len(devices))]
 
 
+def sent_first(x, *pieces):
+    """A tensor that is there only behind pieces that its device sends.
+
+    A copy begins when its sender has done whatever it was told to do before. Were a device told to go on first, what it
+    sends would come behind all of that, and the others would wait for it.
+    """
+    with tf.control_dependencies(pieces):
+        return tf.identity(x)
+
+
 def on_each(devices, function, *lists):
     """For each device, on it, what a function gives of the device's own of each list."""
     found = []
@@ -165,16 +175,12 @@ class HaloExchange:
             return streams
         tails = on_each(self._devices, lambda x: rows(x, x.shape[1] - h, x.shape[1]), streams)
 
-        def at(s, x):
-            halo = send(tails[s - 1], (s - 1) % len(self._devices), s, self._devices)
-            if s:
-                return tf.concat([halo, x], axis=1)
-            # Waited for, though not used. A copy begins when its sender has done whatever it was told before: were the
-            # first device to go on at once, the second one's halo would come behind all of that.
-            with tf.control_dependencies([halo]):
-                return tf.concat([x, tf.zeros_like(halo)], axis=1)
+        def at(s, x, tail):
+            if not s:
+                return sent_first(tf.concat([x, tf.zeros_like(x[:, :h])], axis=1), tail)
+            return tf.concat([send(tails[s - 1], s - 1, s, self._devices), sent_first(x, tail)], axis=1)
 
-        return on_each(self._devices, at, *_numbered(streams))
+        return on_each(self._devices, at, *_numbered(streams), tails)
 
     def put_gradient(self, grads):
         """The gradient of `put`: what the halo got goes back to where it came from."""
@@ -183,16 +189,15 @@ class HaloExchange:
             return grads
         fronts = on_each(self._devices, lambda x: rows(x, 0, h), grads)
 
-        def at(s, x):
-            source = (s + 1) % len(self._devices)
-            halo = send(fronts[source], source, s, self._devices)
-            if not source:
-                with tf.control_dependencies([halo]):  # as in `put`
-                    return tf.identity(x)
+        def at(s, x, front):
+            x = sent_first(x, front)
+            if s + 1 == len(self._devices):
+                return x
             last = x.shape[1] - h
-            return tf.concat([rows(x, 0, last), rows(x, last, x.shape[1]) + halo], axis=1)
+            tail = rows(x, last, x.shape[1]) + send(fronts[s + 1], s + 1, s, self._devices)
+            return tf.concat([rows(x, 0, last), tail], axis=1)
 
-        return on_each(self._devices, at, *_numbered(self.cut(grads)))
+        return on_each(self._devices, at, *_numbered(self.cut(grads)), fronts)
 
     def cut(self, streams):
         """Chunks without their halo."""
@@ -311,10 +316,9 @@ class ColumnsExchange:
         taken = on_each(self._devices, columns, units)
 
         def at(s, x):
+            x = sent_first(x, taken[s])
             if not s:
-                signal = send(taken[-1][:, :1], len(taken) - 1, 0, self._devices)
-                with tf.control_dependencies([signal]):  # as in `HaloExchange.put`
-                    return tf.identity(x)
+                return x
             front = tf.concat([send(taken[i], i, s, self._devices) for i in range(s)], axis=1)
             front = tf.pad(front, [[0, 0], [0, 0], [self._query_width, 0]])
             return tf.concat([front, x], axis=1)
@@ -331,11 +335,10 @@ class ColumnsExchange:
         pieces = on_each(self._devices, deal, *_numbered(grads))
 
         def at(s, x):
+            x = sent_first(x, *pieces[s])
             received = [send(pieces[j][s], j, s, self._devices) for j in range(s + 1, len(self._devices))]
             if not received:
-                signal = send(grads[0][:, :1], 0, s, self._devices)
-                with tf.control_dependencies([signal]):  # as in `HaloExchange.put`
-                    return tf.identity(x)
+                return x
             parts = tf.split(tf.add_n(received), self._widths, axis=-1)
             parts = [self._put_back(part, d) for part, d in zip(parts, self._depths, strict=True)]
             return x + tf.pad(tf.concat(parts, axis=-1), [[0, 0], [0, 0], [self._query_width, 0]])
