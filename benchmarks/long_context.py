@@ -1,8 +1,12 @@
-"""The longest context that trains on one GPU, for models of 3M, 25M and 152M parameters (Table 4 of the paper).
+"""The longest context that trains, for models of 3M, 25M and 152M parameters (Table 4 of the paper).
 
     python benchmarks/long_context.py                            # benchmarks/results/long_context.json
     python benchmarks/long_context.py --models=3M --most=262144  # one model, up to a length
+    python benchmarks/long_context.py --models=152M --gpus=1,2 --lengths=1048576,1310720,2490368
     python benchmarks/long_context.py --draw                     # the picture alone, of what was measured
+
+On several GPUs each has some of the positions of every sequence (`stf.distribution.SequenceParallel`). Of the
+first of those rows a step is profiled too; the bytes sent between GPUs stand beside what they come to by arithmetic.
 
 The paper's models for 65,536 to 1,048,576 tokens of music (strided, l close to the root of the length) are run at
 lengths that double, one sequence a step, everything recomputed, in mixed_bfloat16, each in a process of its own, until
@@ -12,6 +16,7 @@ matplotlib).
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -28,32 +33,57 @@ def stride_of(length):
     return 2 ** round(math.log2(length) / 2)
 
 
-def measure(preset, length):
+def measure(preset, length, stride, gpus, profiled):
     """What a step of a preset at a length takes."""
-    row = train_step.stf_row(preset, recompute=True, batch_size=1, length=length, stride=stride_of(length))
-    return train_step.run_child(train_step.__file__, "--row", json.dumps(row), seconds=900) | {"length": length}
+    row = train_step.stf_row(preset, recompute=True, batch_size=1, length=length, stride=stride, gpus=gpus)
+    called = train_step.__file__, "--row", json.dumps(row)
+    found = train_step.run_child(*called, seconds=900) | {"length": length, "gpus": gpus}
+    if gpus > 1 and "error" not in found:
+        found["sent_GB_by_arithmetic"] = sent(train_step.make_config(row), gpus) / 1e9
+        if profiled:
+            found |= train_step.run_child(*called, "--profile", seconds=900)
+    return found
 
 
-def longest(preset, length, most):
-    """Rows of a preset at lengths that double, to the first that does not run."""
+def sent(config, gpus):
+    """Bytes that GPUs send each other in a step of Local and Strided in turn, one sequence, all recomputed, bfloat16.
+
+    Of each pair of blocks the stream goes to the strided one's order and back, forward and as gradients, and there once
+    more when it is computed again; the halo goes forward, again, and back as a gradient. Weights go to all but the
+    first GPU, their gradients come back.
+    """
+    local, strided = config["patterns"]
+    pairs, width = config["num_blocks"] // 2, config["model_dim"]
+    unit = gpus * strided.stride
+    positions = -(-config["length"] // unit) * unit
+    of_pair = 5 * positions * (gpus - 1) // gpus + 3 * local.window * (gpus - 1)
+    heads, hidden = 4 * width * width, 8 * width * width  # kernels: key and value depths are model_dim / num_heads
+    biases = 4 * width + 4 * width + width  # in float32; gradients of both as they were sent
+    of_weights = 2 * (gpus - 1) * config["num_blocks"] * (2 * (heads + hidden) + 4 * biases)
+    return 2 * width * of_pair * pairs + of_weights
+
+
+def longest(preset, lengths, stride, gpus):
+    """Rows of a preset at lengths that rise, to the first that does not run."""
     rows = []
-    while length <= most:
-        rows.append(measure(preset, length))
+    for length in lengths:
+        rows.append(measure(preset, length, stride or stride_of(length), gpus, profiled=not rows))
         print(line(preset, rows[-1]), flush=True)
         yield rows
         if "error" in rows[-1]:
             return
-        length *= 2
 
 
 def line(preset, row):
     """A row of the table."""
     if "error" in row:
-        return f"{preset:12s}{row['length']:12,}  {row['error'][:90]}"
-    return (
-        f"{preset:12s}{row['length']:12,}{row['parameters']:14,}{row['ms']:12.1f}{row['peak_GiB']:9.2f} GiB"
-        f"{row['tokens_per_s']:12,.0f} tokens/s"
-    )
+        return f"{preset:12s}{row['gpus']:3d}{row['length']:12,}  {row['error'][:90]}"
+    start = f"{preset:12s}{row['gpus']:3d}{row['length']:12,}{row['parameters']:14,}{row['ms']:12.1f}"
+    parts = [f"{start}{row['peak_GiB']:9.2f} GiB{row['tokens_per_s']:12,.0f} tokens/s"]
+    if row["gpus"] > 1:
+        parts.append(f"sent {row['sent_GB']:.2f} GB, by arithmetic {row['sent_GB_by_arithmetic']:.2f}")
+    parts += [f"{gpu['not_computing']:.1%} not computing" for gpu in row.get("exchanges", ())]
+    return "  ".join(parts)
 
 
 def exponent(rows):
@@ -73,7 +103,7 @@ def draw(result, path):
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, rows in result["models"].items():
-        ran = [row for row in rows if "ms" in row]
+        ran = [row for row in rows if "ms" in row and row.get("gpus", 1) == 1]
         if not ran:
             continue
         lengths, growth = [row["length"] for row in ran], exponent(rows)
@@ -98,6 +128,9 @@ def main():
     parser.add_argument("--models", default=",".join(MODELS), help="which, of 3M, 25M and 152M")
     parser.add_argument("--least", type=int, default=2**14, help="no shorter than this")
     parser.add_argument("--most", type=int, default=2**22, help="no longer than this")
+    parser.add_argument("--lengths", default="", help="these, rising, in place of those that double")
+    parser.add_argument("--stride", type=int, help="of all lengths; the power of two closest to the root of each")
+    parser.add_argument("--gpus", default="1", help="how many share a sequence: one number or several, such as 1,2")
     parser.add_argument("--output", default=str(HERE / "results" / "long_context.json"))
     parser.add_argument("--draw", action="store_true", help="only draw what --output holds")
     options = parser.parse_args()
@@ -109,9 +142,12 @@ def main():
         sys.exit(f"no rates: {rates['error']}")
     result = rates | {"command": train_step.command_line(), "models": {}}
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.models.split(","):
-        for rows in longest(MODELS[name], options.least, options.most):
-            result["models"][name] = rows
+    lengths = [options.least << k for k in range(64) if options.least << k <= options.most]
+    lengths = [int(length) for length in options.lengths.split(",")] if options.lengths else lengths
+    for name, gpus in itertools.product(options.models.split(","), map(int, options.gpus.split(","))):
+        before = result["models"].get(name, [])
+        for rows in longest(MODELS[name], lengths, options.stride, gpus):
+            result["models"][name] = before + rows
             output.write_text(json.dumps(result, indent=1) + "\n")  # after every row
     print(f"written: {output}; --draw makes the picture")
 

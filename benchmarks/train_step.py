@@ -92,7 +92,7 @@ def measure_ours(row, profiled):
     import stf
 
     for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
+        tf.config.experimental.set_memory_growth(gpu, row["gpus"] == 1)  # of parts that grow, some is lost between
     keras.config.set_dtype_policy("mixed_bfloat16")
     config = make_config(row)
     gpus = [f"GPU:{place}" for place in range(row["gpus"])]
@@ -126,6 +126,8 @@ def measure_ours(row, profiled):
     if profiled:
         import device_profile
 
+        if len(gpus) > 1:
+            return {"exchanges": device_profile.exchanges(lambda: steps(1))}
         busy, kernels = device_profile.profile(lambda: steps(2))
         return {"busy_ms": busy / 2 * 1e3, "kernels": [[name, n / 2, 1e3 * s / 2] for name, n, s in kernels[:40]]}
     for gpu in gpus:

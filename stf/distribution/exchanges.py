@@ -91,13 +91,14 @@ def all_to_all(pieces, devices):
     return [[send(pieces[i][j], i, j, devices) for i in places] for j in places]
 
 
-def to_remainders(streams, devices, modulus):
+def to_remainders(streams, devices, modulus, dealt=None):
     """Positions dealt out by their remainders of `modulus`: of chunks of consecutive ones.
 
     Args:
         streams: `[batch, m, width]`, of m positions that follow one another, a multiple of `modulus`.
         devices: k devices, of which `modulus` is a multiple.
         modulus: device j gets the positions whose remainders are in the j-th k-th.
+        dealt: a list that gets, for each device, what it sends.
 
     Returns:
         The same shapes: position t of device j is `t // run * modulus + j run + t % run` of the sequence, where run is
@@ -114,10 +115,13 @@ def to_remainders(streams, devices, modulus):
     def join(parts):
         return _narrow(tf.concat(parts, axis=1), positions, width, dtype)
 
-    return on_each(devices, join, all_to_all(on_each(devices, deal, streams), devices))
+    pieces = on_each(devices, deal, streams)
+    if dealt is not None:
+        dealt.extend(pieces)
+    return on_each(devices, join, all_to_all(pieces, devices))
 
 
-def from_remainders(streams, devices, modulus):
+def from_remainders(streams, devices, modulus, dealt=None):
     """Undoes `to_remainders`; each is the other's gradient."""
     count, dtype = len(devices), streams[0].dtype
     positions, width = streams[0].shape[1:]
@@ -131,7 +135,10 @@ def from_remainders(streams, devices, modulus):
         parts = [tf.reshape(part, [-1, positions // modulus, run]) for part in parts]
         return _narrow(tf.stack(parts, axis=2), positions, width, dtype)
 
-    return on_each(devices, join, all_to_all(on_each(devices, deal, streams), devices))
+    pieces = on_each(devices, deal, streams)
+    if dealt is not None:
+        dealt.extend(pieces)
+    return on_each(devices, join, all_to_all(pieces, devices))
 
 
 def rows(x, begin, end):

@@ -108,11 +108,11 @@ class ParallelBlocks:
         modulus = 0
         for segment, of_segment in zip(reversed(self._segments()), reversed(kept), strict=True):
             first, last = segment[0], segment[-1]
-            behind = grads
-            grads, modulus = self._lay(grads, modulus, last)
+            signals, dealt = [[grad] for grad in grads], []
+            grads, modulus = self._lay(grads, modulus, last, dealt)
             own = {first: of_segment}
             if recompute is True:
-                streams, laid = on_each(self._devices, _after, of_segment, behind), self._modulus(first)
+                streams, laid = on_each(self._devices, _after, of_segment, dealt or signals), self._modulus(first)
                 for index in segment[:-1]:
                     streams, laid = self._lay(streams, laid, index)
                     runner, given = self._runner(index, False), self._of_block(weights, index)
@@ -139,13 +139,13 @@ class ParallelBlocks:
         found = None if index is None else self._partition(index)
         return found.modulus if isinstance(found, Remainders) else 0
 
-    def _lay(self, streams, modulus, index):
+    def _lay(self, streams, modulus, index, dealt=None):
         """Streams as a block takes them (None: in the sequence's order), and the modulus of that."""
         wanted = self._modulus(index)
         if modulus and modulus != wanted:
-            streams = from_remainders(streams, self._devices, modulus)
+            streams = from_remainders(streams, self._devices, modulus, None if wanted else dealt)
         if wanted and modulus != wanted:
-            streams = to_remainders(streams, self._devices, wanted)
+            streams = to_remainders(streams, self._devices, wanted, dealt)
         return streams, wanted
 
     def _runner(self, index, recompute):
@@ -296,7 +296,8 @@ class _DividedBlocks:
         if len(more) == 3:
             _, gathered, heads = more
         else:
-            gathered = self._gathered(on_each(self._devices, _after, streams, grads), weights)
+            streams = on_each(self._devices, _after, streams, [[grad] for grad in grads])
+            gathered = self._gathered(streams, weights)
             attended = attended or self._each("attend", gathered)
             heads = self._exchange.take([output for output, _ in attended])
         ends = self._each("finish_gradient", streams, heads, weights, seeds, grads)
@@ -383,7 +384,7 @@ def _block(stack, weights, pattern, part, heads=None):
     return Block(weights, pattern, heads, stack.key_dim, stack.value_dim, stack.dropout, stack.epsilon, part)
 
 
-def _after(x, signal):
-    """A tensor that is there only behind another: what is computed again of it does not begin before."""
-    with tf.control_dependencies([signal]):
+def _after(x, signals):
+    """A tensor that is there only behind others: what is computed again of it does not begin before."""
+    with tf.control_dependencies(signals):
         return tf.identity(x)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,25 @@ from stf.patterns.component import Kind
 from stf.patterns.per_head import PerHead
 from stf.patterns.strided import Strided
 from stf.patterns.union import Union
+
+
+class Sizes(NamedTuple):
+    """Of a block on several devices, for `sent`: what is counted in.
+
+    Attributes:
+        chunk: positions of a device.
+        devices: how many.
+        model_dim: width of the stream.
+        num_heads, key_dim, value_dim: of the attention.
+    """
+
+    chunk: int
+    devices: int
+    model_dim: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
 
 MOST_LAYOUT = 2**26  # blocks of a layout that `Columns` makes
 
@@ -38,6 +58,13 @@ class Remainders:
     modulus: int
     patterns: tuple
 
+    def sent(self, sizes):
+        """Numbers that all devices together send in a block's forward pass, and so in its backward pass, a sequence.
+
+        Here the stream to the dealt order and back, which blocks of the same order one behind another share.
+        """
+        return 2 * sizes.chunk * (sizes.devices - 1) * sizes.model_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class Halo:
@@ -50,6 +77,10 @@ class Halo:
 
     positions: int
     patterns: tuple
+
+    def sent(self, sizes):
+        """As `Remainders.sent`: the halo's stream."""
+        return self.positions * (sizes.devices - 1) * sizes.model_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +102,12 @@ class Columns:
         """Columns of a block."""
         return sum(end - first for first, end in self.columns[0])
 
+    def sent(self, sizes):
+        """As `Remainders.sent`: keys and values of a device's columns, to all behind it."""
+        columns = sizes.chunk // self.stride * self.count
+        pairs = sizes.devices * (sizes.devices - 1) // 2
+        return pairs * columns * sizes.num_heads * (sizes.key_dim + sizes.value_dim)
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -83,6 +120,11 @@ class Heads:
 
     heads: tuple
     patterns: tuple
+
+    def sent(self, sizes):
+        """As `Remainders.sent`: queries, keys and values there, heads' outputs back."""
+        width = sizes.num_heads * 2 * (sizes.key_dim + sizes.value_dim)
+        return (sizes.devices - 1) * sizes.chunk * width
 
 
 def positions_of_device(patterns, num_heads, positions, devices):
