@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    strategy = stf.experiments.make_strategy()
+    strategy = stf.experiments.make_strategy(devices_per_sequence=FLAGS.devices_per_sequence)
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
     with stf.experiments.blamed_on("--path"):

@@ -62,7 +62,7 @@ def save_pictures(samples, half, run_dir):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    strategy = stf.experiments.make_strategy()
+    strategy = stf.experiments.make_strategy(devices_per_sequence=FLAGS.devices_per_sequence)
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
     log_dir = run_dir / "log"

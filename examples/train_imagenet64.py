@@ -49,7 +49,7 @@ def datasets(options):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    strategy = stf.experiments.make_strategy()
+    strategy = stf.experiments.make_strategy(devices_per_sequence=FLAGS.devices_per_sequence)
     options = stf.experiments.flags.prepare()
     run_dir = pathlib.Path(options.run_dir)
     train, held_out, description = datasets(options)

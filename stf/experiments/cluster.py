@@ -7,6 +7,7 @@ import os
 import tensorflow as tf
 
 from stf.distribution.replicas import sum_over_replicas
+from stf.distribution.sequence_parallel import SequenceParallel
 from stf.experiments.errors import RunError
 
 # What a collective operation ends with when another worker is gone.
@@ -14,7 +15,7 @@ LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledE
 INFINITE = tf.data.INFINITE_CARDINALITY
 
 
-def make_strategy(environment=os.environ):
+def make_strategy(environment=os.environ, devices_per_sequence=1):
     """The machines of TF_CONFIG, or all GPUs of this machine, or the one device that it has.
 
     On several machines each process is started with the environment variable TF_CONFIG, in which all name the same
@@ -24,13 +25,29 @@ def make_strategy(environment=os.environ):
 
     To be called before TensorFlow computes anything.
 
+    Args:
+        environment: variables by name.
+        devices_per_sequence: how many GPUs of this machine share the positions of each sequence, see
+            `stf.distribution.SequenceParallel`.
+
     Returns:
-        A MultiWorkerMirroredStrategy, a MirroredStrategy, or TensorFlow's default strategy.
+        A MultiWorkerMirroredStrategy, a SequenceParallel, a MirroredStrategy, or TensorFlow's default strategy.
 
     Raises:
-        RunError: TF_CONFIG is no description of a cluster with this process in it, or the cluster does not take it.
+        RunError: TF_CONFIG is no description of a cluster with this process in it, or the cluster does not take it;
+            the devices cannot be shared out so.
     """
     config = environment.get("TF_CONFIG")
+    if devices_per_sequence != 1:
+        if config:
+            raise RunError(
+                "--devices_per_sequence is for the GPUs of one machine, without TF_CONFIG. "
+                f"Received: --devices_per_sequence={devices_per_sequence}, TF_CONFIG={config}"
+            )
+        try:
+            return SequenceParallel(devices_per_sequence)
+        except ValueError as error:
+            raise RunError(f"--{error}") from error
     if config:
         index, workers = _place(config)
         if len(workers) > 1:

@@ -44,6 +44,9 @@ def define(preset, run_dir):
     flags.DEFINE_enum(
         "all_reduce_dtype", None, ["float32", "bfloat16", "float16"], "What gradients are summed in over several GPUs."
     )
+    flags.DEFINE_integer(
+        "devices_per_sequence", 1, "GPUs that share the positions of each sequence; batches are shared by the rest."
+    )
     flags.DEFINE_bool("jit_compile", None, "Compile the step with XLA; unless set, where there is a GPU.")
     flags.DEFINE_integer("num_blocks", None, "Instead of the preset's.")
     flags.DEFINE_list("map_layers", None, "Layers of TensorBoard's attention maps, 0,1,...; a few unless given.")
@@ -152,7 +155,7 @@ def run_arguments(data, strategy):
     o = options()
     if o.batch_size % strategy.num_replicas_in_sync:
         raise RunError(
-            f"--batch_size must be a multiple of the {strategy.num_replicas_in_sync} GPUs that share it. "
+            f"--batch_size must be a multiple of the {strategy.num_replicas_in_sync} replicas that share it. "
             f"Received: --batch_size={o.batch_size}"
         )
     return {

@@ -47,6 +47,7 @@ CASES = {
     "causal": dict(patterns=[P.Causal()], length=50),
     "blocks": dict(patterns=[P.Blocks(BANDS, 12), P.Blocks(GLOBAL, 12)]),
     "per head": dict(patterns=[P.PerHead([P.Local(8), P.Strided(8)]), P.PerHead([P.Strided(8), P.Strided(16)])]),
+    "short": dict(patterns=[P.Local(2), P.Strided(2), P.Causal()], length=5),
     "far": dict(patterns=[P.Local(60), P.Strided(7)]),
     "attention kept": dict(patterns=ALL, length=128, recompute="attention"),
     "all kept": dict(patterns=ALL, length=128, recompute=False),

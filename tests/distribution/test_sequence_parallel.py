@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import stf
+from stf.experiments import RunError, make_strategy
 
 # Virtual devices must be made before TensorFlow starts, so in processes of their own.
 PROGRAM = pathlib.Path(__file__).with_name("sequence_parallel.py")
@@ -21,7 +23,7 @@ FAST = {
 SWEEP = [
     *(f"{case}/float64" for case in (
         "strided", "strided merged", "three to one", "fixed ragged", "fixed, one sub-block", "summary", "causal",
-        "blocks", "per head", "far", "attention kept", "all kept",
+        "blocks", "per head", "far", "short", "attention kept", "all kept",
     )),
     *(f"{case}/{dtype}" for case in ("strided ragged", "all kept", "attention kept", "blocks", "per head")
       for dtype in ("float32", "mixed_bfloat16", "mixed_float16")),
@@ -86,3 +88,29 @@ def test_what_does_not_fit_is_refused_by_name():
         assert said in str(error.value)
     assert "reduction=None" in found(2, "refused")["refused"]["loss"]
     assert "static number of positions" in found(2, "refused")["refused"]["positions"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sequence():
+    held = [socket.socket() for _ in range(2)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [str(one.getsockname()[1]) for one in held]
+    for one in held:
+        one.close()
+    command = [sys.executable, PROGRAM.with_name("remote_devices.py"), *ports]
+    server = subprocess.Popen([*command, "serve"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        done = subprocess.run([*command, "train"], capture_output=True, text=True, timeout=240)
+    finally:
+        server.kill()
+    assert done.returncode == 0, done.stderr[-3000:]
+    both, alone = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(both, alone, rtol=1e-5)
+
+
+def test_the_flag_of_the_programs_is_refused_by_name():
+    with pytest.raises(RunError, match="--devices_per_sequence must be an int that divides .* Received: .*=7"):
+        make_strategy({}, devices_per_sequence=7)
+    with pytest.raises(RunError, match="without TF_CONFIG. Received: --devices_per_sequence=2, TF_CONFIG={}"):
+        make_strategy({"TF_CONFIG": "{}"}, devices_per_sequence=2)

@@ -79,7 +79,7 @@ def test_a_batch_that_gpus_cannot_share():
         num_replicas_in_sync = 3
 
     parse("--batch_size=4")
-    with pytest.raises(RunError, match="multiple of the 3 GPUs that share it. Received: --batch_size=4"):
+    with pytest.raises(RunError, match="multiple of the 3 replicas that share it. Received: --batch_size=4"):
         ours.run_arguments("bytes", Three())
 
 

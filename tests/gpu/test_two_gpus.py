@@ -16,6 +16,7 @@ if len(tf.config.list_physical_devices("GPU")) < 2:
     pytest.skip("no two GPUs", allow_module_level=True)
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "distribution" / "replicas.py"
+SHARED = PROGRAM.with_name("sequence_parallel.py")
 
 
 NAMES = {
@@ -58,3 +59,26 @@ def test_no_gpu_takes_a_step_that_is_not_finite_on_one():
 
 def test_what_nccl_cannot_sum_is_refused_by_name():
     assert "all_reduce_dtype='bfloat16'" in found()["refused"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "strided/mixed_bfloat16",
+        "strided ragged/mixed_float16",
+        "three to one/mixed_bfloat16",
+        "attention kept/mixed_bfloat16",
+        "strided merged/mixed_bfloat16",
+        "fixed/float32",
+    ],
+)
+def test_a_sequence_that_two_gpus_share(name):
+    """As on CPUs, but that one device's error beside float64 is not that of the same kernels: one op runs its blocks."""
+    environment = {**os.environ, "STF_DEVICES": "GPU", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+    command = [sys.executable, SHARED, "2", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout.splitlines()[-1])
+    alone, apart = row["apart"]
+    assert apart <= 1.5 * alone, row
+    assert row["same_bits"], row
