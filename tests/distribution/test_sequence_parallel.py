@@ -17,12 +17,12 @@ from stf.experiments import RunError, make_strategy
 # Virtual devices must be made before TensorFlow starts, so in processes of their own.
 PROGRAM = pathlib.Path(__file__).with_name("sequence_parallel.py")
 FAST = {
-    2: ["strided ragged/float64", "fixed/float64", "strided/mixed_bfloat16"],
+    2: ["fixed ragged/float64", "strided ragged/mixed_bfloat16"],
     4: ["all kept/float64"],
 }
 SWEEP = [
     *(f"{case}/float64" for case in (
-        "strided", "strided merged", "three to one", "fixed ragged", "fixed, one sub-block", "summary", "causal",
+        "strided", "strided ragged", "strided merged", "three to one", "fixed", "fixed, one sub-block", "summary", "causal",
         "blocks", "per head", "far", "short", "attention kept", "all kept",
     )),
     *(f"{case}/{dtype}" for case in ("strided ragged", "all kept", "attention kept", "blocks", "per head")
@@ -70,7 +70,7 @@ def test_fit_and_checkpoints_are_those_of_one_device():
     np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
     np.testing.assert_allclose(two["val_bits_per_dim"], one["val_bits_per_dim"], rtol=1e-5)
     np.testing.assert_allclose(grouped["loss"], one["loss"], rtol=1e-5)
-    assert two == again
+    assert two["loss"] == again["loss"]
     assert len(set(row["evaluated"])) == 1 or np.ptp(row["evaluated"]) < 1e-6 * row["evaluated"][0]
     np.testing.assert_allclose(row["goes on"][1], row["goes on"][0], rtol=1e-5)
 

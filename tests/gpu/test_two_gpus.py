@@ -73,7 +73,7 @@ def test_what_nccl_cannot_sum_is_refused_by_name():
     ],
 )
 def test_a_sequence_that_two_gpus_share(name):
-    """As on CPUs, but that one device's error beside float64 is not that of the same kernels: one op runs its blocks."""
+    """As on CPUs; in halves one device runs all blocks as one op, and two run an op a block."""
     environment = {**os.environ, "STF_DEVICES": "GPU", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
     command = [sys.executable, SHARED, "2", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
