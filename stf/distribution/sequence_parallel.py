@@ -115,7 +115,8 @@ class SequenceParallelTrainer(ReplicatedTrainer):
         found = []
 
         def of_part(weights, begin, end):
-            return weights[:, begin:end] if weights is not None and weights.shape.rank > 1 else weights
+            by_token = weights is not None and weights.shape.rank > 1 and weights.shape[1] != 1
+            return weights[:, begin:end] if by_token else weights
 
         def finish(begin, end, y_pred):
             own = {"y": y[:, begin:end], "y_pred": y_pred, "sample_weight": of_part(sample_weight, begin, end)}

@@ -88,7 +88,7 @@ class ParallelBlocks:
         return [blocks[at : at + size] for at in range(0, len(blocks), size)]
 
     def _forward(self, streams, weights, training):
-        recompute = self._stack.recompute
+        recompute = self._stack.recompute if training else True  # which keeps the least
         kept, modulus = [], 0
         for segment in self._segments():
             streams, modulus = self._lay(streams, modulus, segment[0])
