@@ -41,7 +41,8 @@ def measure(preset, length, stride, gpus, profiled):
     if gpus > 1 and "error" not in found:
         found["sent_GB_by_arithmetic"] = sent(train_step.make_config(row), gpus) / 1e9
         if profiled:
-            found |= train_step.run_child(*called, "--profile", seconds=900)
+            profile = train_step.run_child(*called, "--profile", seconds=900)
+            found["exchanges"] = profile.get("exchanges", [])
     return found
 
 
@@ -52,15 +53,17 @@ def sent(config, gpus):
     more when it is computed again; the halo goes forward, again, and back as a gradient. Weights go to all but the
     first GPU, their gradients come back.
     """
-    local, strided = config["patterns"]
-    pairs, width = config["num_blocks"] // 2, config["model_dim"]
-    unit = gpus * strided.stride
-    positions = -(-config["length"] // unit) * unit
-    of_pair = 5 * positions * (gpus - 1) // gpus + 3 * local.window * (gpus - 1)
-    heads, hidden = 4 * width * width, 8 * width * width  # kernels: key and value depths are model_dim / num_heads
+    from stf.patterns.partition import Sizes, partition, positions_of_device
+
+    patterns, heads, width, n = (config[name] for name in ("patterns", "num_heads", "model_dim", "length"))
+    chunk = positions_of_device(patterns, heads, n, gpus)
+    sizes = Sizes(chunk, gpus, width, heads, width // heads, width // heads)
+    local, strided = (partition(pattern, heads, n, chunk, gpus).sent(sizes) for pattern in patterns)
+    of_pairs = config["num_blocks"] // 2 * (3 * local + 5 * strided // 2)
+    kernels = 12 * width * width  # key and value depths are model_dim / num_heads
     biases = 4 * width + 4 * width + width  # in float32; gradients of both as they were sent
-    of_weights = 2 * (gpus - 1) * config["num_blocks"] * (2 * (heads + hidden) + 4 * biases)
-    return 2 * width * of_pair * pairs + of_weights
+    of_weights = 2 * (gpus - 1) * config["num_blocks"] * (2 * kernels + 4 * biases)
+    return 2 * of_pairs + of_weights
 
 
 def longest(preset, lengths, stride, gpus):
@@ -106,7 +109,7 @@ def draw(result, path):
         ran = [row for row in rows if "ms" in row and row.get("gpus", 1) == 1]
         if not ran:
             continue
-        lengths, growth = [row["length"] for row in ran], exponent(rows)
+        lengths, growth = [row["length"] for row in ran], exponent(ran)
         label = f"{name} parameters" + (f", $n^{{{growth:.2f}}}$" if growth else "")
         axes[0].plot(lengths, [row["ms"] for row in ran], "o-", label=label)
         axes[1].plot(lengths, [row["peak_GiB"] for row in ran], "o-", label=f"{name} parameters")

@@ -15,20 +15,24 @@ _counted = []
 
 @contextlib.contextmanager
 def bytes_counted():
-    """Counts the bytes that are sent between devices by what is traced within: a list, of each tensor its bytes."""
+    """Counts what `send` sends in what is traced within: a list, of each tensor its bytes (of an unknown batch, one's).
+
+    That is the stream, halos, attention's tensors and the blocks' weights; not tokens and the few tables around the
+    blocks.
+    """
     found = []
     _counted.append(found)
     try:
         yield found
     finally:
-        _counted.remove(found)
+        _counted[:] = [each for each in _counted if each is not found]
 
 
 def send(x, source, target, devices):
     """A tensor of one device on another, both given by their place among `devices`."""
     if source != target:
         for found in _counted:
-            found.append(math.prod(size or 1 for size in x.shape) * x.dtype.size)
+            found.append(math.prod(1 if size is None else size for size in x.shape) * x.dtype.size)
     with tf.device(devices[target]):
         return tf.identity(x)
 

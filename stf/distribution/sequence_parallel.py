@@ -15,9 +15,13 @@ MEANS, SUMS = ("sum_over_batch_size", "mean"), ("sum",)
 class SequenceParallel(tf.distribute.MirroredStrategy):
     """Divides the positions of each sequence over several devices of this machine, and batches over what is left.
 
-    For sequences whose step does not fit into one device's memory, or takes too long on one. A model that is made under
-    it trains and evaluates so; what it computes is what one device computes, to rounding: losses, gradients, dropout,
-    checkpoints. All else (`generate`, `predict`, `score`) is done by the first device.
+    For sequences whose step does not fit into one device's memory, or takes too long on one. A
+    `stf.models.SparseTransformer` that is made under it trains and evaluates so; what it computes is what one device
+    computes, to rounding: losses, gradients, dropout, checkpoints. All else (`generate`, `predict`, `score`), and any
+    other model, runs on the first device of those that share a sequence.
+
+    The loss must be a mean or a sum over tokens, and the number of positions static: other lengths, and other sizes of
+    a batch, are traced anew. `compute_loss` may be a model's own, `train_step` and `call` may not.
 
     Examples:
         >>> strategy = stf.distribution.SequenceParallel(devices=["CPU:0"])  # on GPUs: SequenceParallel(2)
@@ -33,15 +37,16 @@ class SequenceParallel(tf.distribute.MirroredStrategy):
             machine without one.
 
     Raises:
-        ValueError: the devices cannot be shared out so.
+        ValueError: `devices` are no different names; `devices_per_sequence` does not divide their number.
     """
 
     def __init__(self, devices_per_sequence=None, devices=None):
         if devices is None:
             found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
             devices = [device.name for device in found]
-        devices = list(devices)
-        if not devices or not all(isinstance(device, str) for device in devices) or len(set(devices)) < len(devices):
+        devices = devices if isinstance(devices, str) else list(devices)
+        names = not isinstance(devices, str) and all(isinstance(device, str) for device in devices)
+        if not names or not devices or len({tf.DeviceSpec.from_string(name) for name in devices}) < len(devices):
             raise ValueError(f"devices must be a list of different names of devices. Received: devices={devices!r}")
         count = len(devices) if devices_per_sequence is None else devices_per_sequence
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1 or len(devices) % count:
@@ -58,7 +63,7 @@ class SequenceParallel(tf.distribute.MirroredStrategy):
         return len(self._groups[0])
 
     def devices_of_replica(self):
-        """The devices that share the sequences of the replica in whose context this is called."""
+        """The devices that share the sequences of the replica in whose context, within `run`, this is called."""
         return self._groups[replica_index()]
 
 
@@ -73,7 +78,8 @@ class SequenceParallelTrainer(ReplicatedTrainer):
     the positions from `begin` to `end`, and returns the list of what that returned, differentiable.
 
     The loss is asked for by parts, `compute_loss` with a device's targets and outputs, so it must be a mean or a sum
-    over tokens, and metrics are updated by parts.
+    over tokens, and metrics are updated by parts. Targets are `[batch, position, ...]`, sample weights `[batch]`,
+    `[batch, 1]` or `[batch, position]`, a part's outputs `[batch, end - begin, ...]`.
     """
 
     @property
@@ -88,6 +94,24 @@ class SequenceParallelTrainer(ReplicatedTrainer):
     def _compiled(self, function, whole_step=False):
         # XLA's programs are of one device each.
         return function() if whole_step and self._is_parallel else super()._compiled(function)
+
+    def train_step(self, data):
+        """Keras' `train_step`, for optimizers that are not stf's; under a `SequenceParallel` by parts."""
+        if not self._is_parallel:
+            return super().train_step(data)
+        logs, grads = self._loss_and_gradients(data)
+        self.optimizer.apply_gradients(list(zip(grads, self.trainable_variables, strict=True)))
+        return logs
+
+    _known_train_steps = (*ReplicatedTrainer._known_train_steps, train_step)
+
+    def _train_in_replica(self, data, vote, even):
+        if self._is_parallel and type(self).train_step not in self._known_train_steps:
+            raise ValueError(
+                "train_step must not be a model's own where several devices share a sequence; compute_loss may be. "
+                f"Received: {type(self).__name__}.train_step"
+            )
+        return super()._train_in_replica(data, vote, even)
 
     def _loss_and_gradients(self, data):
         if not self._is_parallel:
@@ -136,7 +160,8 @@ class SequenceParallelTrainer(ReplicatedTrainer):
 
     def _loss_is_a_mean(self):
         """Whether the loss of all tokens is the mean of the parts', or their sum; ValueError where it is neither."""
-        reduction = getattr(self.loss, "reduction", MEANS[0])
+        several = isinstance(self.loss, list | tuple | dict)
+        reduction = type(self.loss).__name__ if several else getattr(self.loss, "reduction", MEANS[0])
         if reduction not in MEANS + SUMS:
             raise ValueError(
                 f"The loss must be a mean or a sum over tokens for sequences that several devices share: a reduction "
@@ -157,9 +182,11 @@ def differentiable_on(device, function, *inputs):
             tape.watch(inputs)
             output = function(*inputs)
 
-        def back(upstream):
+        def back(upstream, variables=()):
             with tf.device(device):
-                return tape.gradient(output, inputs, upstream, unconnected_gradients="zero")
+                asked = [*inputs, *variables]  # those that the function reads, where it reads any
+                grads = tape.gradient(output, asked, upstream, unconnected_gradients="zero")
+            return (grads[: len(inputs)], grads[len(inputs) :]) if variables else grads
 
         return output, back
 

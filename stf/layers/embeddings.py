@@ -115,8 +115,9 @@ class SequenceEmbedding(keras.layers.Layer):
             `[batch, end - begin, model_dim]`.
         """
         conditions = self._checked(conditions, tokens.shape[0])
-        first, last = max(begin - 1, 0), min(end, tokens.shape[1]) - 1  # whose tokens are looked up
-        shifted = self._look_up(tokens[:, first : max(first, last)]) + self._places(first, max(first, last))
+        last = max(min(end, tokens.shape[1]) - 1, 0)
+        first = min(max(begin - 1, 0), last)  # from here to `last` tokens are looked up
+        shifted = self._look_up(tokens[:, first:last]) + self._places(first, last)
         if begin == 0:
             shifted = tf.concat([self._starts(tokens), shifted], axis=1)
         embedded = tf.pad(shifted, [[0, 0], [0, end - begin - shifted.shape[1]], [0, 0]])
@@ -176,7 +177,7 @@ class SequenceEmbedding(keras.layers.Layer):
         inner = math.prod(self.position_shape[1:])
         first = begin // inner
         stop = -(-end // inner) if isinstance(end, int) else self.position_shape[0]
-        rows = max(first, stop) - first
+        rows = stop - first
         total = 0.0
         for k, table in enumerate(self.places):
             shape = [1] * len(self.position_shape) + [self.model_dim]

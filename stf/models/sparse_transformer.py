@@ -345,6 +345,12 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         Returns:
             What `finish` returned, of each device that has positions.
         """
+        own = next(cls for cls in type(self).__mro__ if "call" in vars(cls) or "parallel_call" in vars(cls))
+        if "parallel_call" not in vars(own):
+            raise ValueError(
+                "A model with a `call` of its own must have a `parallel_call` of its own where several devices share a "
+                f"sequence. Received: {own.__name__}"
+            )
         tokens, conditions = self._checked_inputs(inputs)
         positions = tokens.shape[1]
         if positions is None:

@@ -48,7 +48,7 @@ MOST_LAYOUT = 2**26  # blocks of a layout that `Columns` makes
 
 @dataclasses.dataclass(frozen=True)
 class Remainders:
-    """Device j has the positions whose remainder of `modulus` is in its k-th of them.
+    """Device j of k has the positions p with `j r <= p mod modulus < (j + 1) r`, where r is `modulus / k`.
 
     Attributes:
         modulus: a multiple of the number of devices.
@@ -133,12 +133,13 @@ def positions_of_device(patterns, num_heads, positions, devices):
     Args:
         patterns: the patterns of all blocks.
         num_heads: heads of each block.
-        positions: of a sequence, 1 or more; all devices' together may be more, and the last ones' are then padding.
+        positions: of a sequence, 1 or more; all devices' together may be more: the last ones' are then padding, and
+            where a sequence is shorter than some devices need, the last devices may have none of its own.
         devices: number of devices.
     """
     unit = functools.reduce(math.lcm, (_unit(pattern, num_heads, devices) for pattern in patterns), 1)
     chunk = -(-positions // (devices * unit)) * unit
-    # Otherwise a device would have nothing but padding.
+    # With a multiple that leaves a device nothing but padding, no pattern gets its own.
     return chunk if chunk * (devices - 1) < positions else -(-positions // devices)
 
 
@@ -207,8 +208,7 @@ def _halo(pattern, heads, chunk, devices):
     parts = {part for of_head in heads for part in of_head}
     begins = [s * chunk for s in range(1, devices)]
     positions = max([0, *(begin - _first_key(part, begin, chunk) for part in parts for begin in begins)])
-    sizes = [part.a for part in parts if part.kind in (Kind.OWN_BLOCK, Kind.SUMMARY, Kind.BLOCKS)]
-    unit = math.lcm(*sizes)
+    unit = math.lcm(*(part.a for part in parts if part.kind in (Kind.OWN_BLOCK, Kind.BLOCKS)))
     positions = -(-positions // unit) * unit
     # What is put in front is computed with the chunk, and thrown away.
     if positions > chunk // 2 or chunk % unit:

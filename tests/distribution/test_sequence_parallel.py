@@ -37,21 +37,32 @@ def found(count, *names):
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
-def check(row):
-    """Exact in float64, but for a loss that Keras computes in float32; elsewhere no farther off than one device is."""
-    single = float(np.finfo("float32").eps)
+SINGLE = float(np.finfo("float32").eps)
+
+
+def check(row, count):
+    """Exact in float64, but for what Keras computes in float32: the loss, and so the shares of uneven parts in it.
+
+    Elsewhere no farther off than one device is, by more than what another order of sums does: 1.2 times at most, of all
+    cases on CPUs and H100s.
+    """
     alone, apart = row["apart"]
-    np.testing.assert_allclose(*row["loss"], rtol=2e-3 if "mixed" in row["name"] else 4 * single)
-    assert apart <= (4 * single if row["name"].endswith("float64") else 1.5 * alone), row
-    assert row["same_bits"], row
+    np.testing.assert_allclose(*row["loss"], rtol=2e-3 if "mixed" in row["name"] else 4 * SINGLE)
     assert row["bytes"] > 0, row
+    if not row["name"].endswith("float64"):
+        assert apart <= 1.5 * alone, row
+        assert row["same_bits"], row
+    elif count == 3 or any(uneven in row["name"] for uneven in ("ragged", "short", "causal")):
+        assert apart <= 4 * SINGLE, row
+    else:
+        assert apart <= 1e-12, row
 
 
 @pytest.mark.parametrize("count", FAST)
 def test_several_devices_do_what_one_does(count):
     rows = found(count, *FAST[count])
     for name in FAST[count]:
-        check(rows[name])
+        check(rows[name], count)
 
 
 @pytest.mark.slow
@@ -59,7 +70,7 @@ def test_several_devices_do_what_one_does(count):
 def test_several_devices_do_what_one_does_with_every_pattern(count):
     rows = found(count, *SWEEP)
     for name in SWEEP:
-        check(rows[name])
+        check(rows[name], count)
 
 
 def test_fit_and_checkpoints_are_those_of_one_device():
@@ -70,13 +81,17 @@ def test_fit_and_checkpoints_are_those_of_one_device():
     np.testing.assert_allclose(two["val_bits_per_dim"], one["val_bits_per_dim"], rtol=1e-5)
     np.testing.assert_allclose(grouped["loss"], one["loss"], rtol=1e-5)
     assert two["loss"] == again["loss"]
-    assert len(set(row["evaluated"])) == 1 or np.ptp(row["evaluated"]) < 1e-6 * row["evaluated"][0]
+    assert np.ptp(row["evaluated"]) < 1e-6 * row["evaluated"][0]
+    np.testing.assert_allclose(*(history["loss"] for history in row["by Keras' Adam"]), rtol=1e-5)
+    assert row["sent"] > 0
     np.testing.assert_allclose(row["goes on"][1], row["goes on"][0], rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_by_name():
     for arguments, said in (
         ({"devices": []}, "devices must be a list of different names of devices. Received: devices=[]"),
+        ({"devices": "CPU:0"}, "different names of devices. Received: devices='CPU:0'"),
+        ({"devices": ["CPU:0", "/cpu:0"]}, "Received: devices=['CPU:0', '/cpu:0']"),
         ({"devices": ["CPU:0", "CPU:0"]}, "Received: devices=['CPU:0', 'CPU:0']"),
         ({"devices": ["CPU:0"], "devices_per_sequence": 2}, "divides the number of devices, 1. Received: "),
         ({"devices": ["CPU:0"], "devices_per_sequence": 0}, "devices_per_sequence=0"),

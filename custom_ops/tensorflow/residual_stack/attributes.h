@@ -30,9 +30,10 @@ struct StackAttributes {
     TF_RETURN_IF_ERROR(context->GetAttr("drop_scale", &drop_scale));
     TF_RETURN_IF_ERROR(context->GetAttr("part", &part));
     if (part.empty()) part.assign(4, 0);
-    if (part.size() != 4 || part[0] < 0 || part[0] >> 31 || (part[0] && (part[2] < 1 || part[3] < 0)))
+    if (part.size() != 4 || part[0] < 0 || part[0] >> 31 || (part[0] && (part[1] < 0 || part[2] < 1 || part[3] < 0)))
       return InvalidArgument(
-          "part must be four numbers, length, first, run and step: a length from 0 to 2^31 - 1, a run of 1 or more, a step of 0 or more, "
+          "part must be four numbers, length, first, run and step: a length from 0 to 2^31 - 1, a first of 0 or more, a run of 1 or more, "
+          "a step of 0 or more, "
           "or none. Received: part=[",
           absl::StrJoin(part, ", "), "]");
     if (keep < STF_KEEP_STREAM || keep > STF_KEEP_ALL) return InvalidArgument("keep must be from 0 to 2. Received: keep=", keep);
