@@ -11,20 +11,14 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from stf import patterns as stf_patterns
-from stf.distribution.sequence_parallel import (
-    SequenceParallelTrainer,
-    differentiable_on,
-    values_of,
-    with_values,
-)
+from stf.distribution.sequence_parallel import SequenceParallelTrainer
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
 from stf.layers.attention import weights_of_queries
 from stf.layers.initialization import INITIALIZATIONS
-from stf.layers.parallel_blocks import compiled
 from stf.layers.validation import positive, positives, seed_or_none
 from stf.models.dispatch import without_waiting
+from stf.models.parallel import on_devices
 from stf.models.presets import preset
-from stf.patterns.partition import positions_of_device
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -330,7 +324,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         """Logits; see the class."""
         inputs, conditions = self._checked_inputs(inputs)
         x = self.stack(self.embedding(inputs, conditions), training=training)
-        return self._logits_of(x)
+        return self.logits_of(x)
 
     def parallel_call(self, inputs, devices, training, finish):
         """The model on several devices, each with some of the positions: for `stf.distribution.SequenceParallel`.
@@ -351,41 +345,10 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
                 "A model with a `call` of its own must have a `parallel_call` of its own where several devices share a "
                 f"sequence. Received: {own.__name__}"
             )
-        tokens, conditions = self._checked_inputs(inputs)
-        positions = tokens.shape[1]
-        if positions is None:
-            raise ValueError(
-                f"inputs must have a static number of positions where several devices share them. "
-                f"Received: inputs of shape {tokens.shape}"
-            )
-        chunk = positions_of_device(self.patterns, self.num_heads, positions, len(devices))
-        begins = range(0, positions, chunk)
-        embedding, ending = self.embedding.variables, [*self.final_norm.variables, *self.logits.variables]
-        of_embedding, of_ending = values_of(embedding), values_of(ending)
+        return on_devices(self, *self._checked_inputs(inputs), devices, training, finish)
 
-        def embed(begin):
-            @compiled
-            def run(*values):
-                return with_values(embedding, values, self.embedding.part, tokens, begin, begin + chunk, conditions)
-
-            return run
-
-        def end(begin):
-            @compiled
-            def run(x, *values):
-                return with_values(ending, values, self._logits_of, x)
-
-            size = min(chunk, positions - begin)
-            return lambda x, *values: finish(begin, begin + size, run(x[:, :size], *values))
-
-        def on(device, function, *inputs):
-            return differentiable_on(device, function, *inputs)
-
-        streams = [on(d, embed(s * chunk), *of_embedding) for s, d in enumerate(devices)]
-        streams = self.stack.parallel(streams, devices, positions, training)
-        return [on(d, end(b), x, *of_ending) for d, b, x in zip(devices, begins, streams, strict=False)]
-
-    def _logits_of(self, stream):
+    def logits_of(self, stream):
+        """Logits of what the blocks give."""
         return self.logits(tf.cast(self.final_norm(stream), self.logits.compute_dtype))
 
     def _checked_inputs(self, inputs):
