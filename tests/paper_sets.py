@@ -70,3 +70,32 @@ def merged_strided(n, stride):
 def merged_fixed(n, stride, c, head=0):
     """Both heads of fixed attention as one."""
     return union(own_block(n, stride), summary_of_head(n, stride, c, head))
+
+
+def segment_ids(n, batch, seed=0):
+    """Segment ids `[batch, n]`: one document, ever more with positions of none (-1) between them, and none at all."""
+    random = np.random.default_rng([n, seed])
+    rows = []
+    for row in range(batch):
+        starts = np.sort(random.integers(0, n + 1, [2, n // 7 + 1, 0, n // 70 + 1][(row + seed) % 4]))
+        numbers = np.searchsorted(starts, np.arange(n), side="right")
+        rows.append(np.where(numbers % 4 == 3, -1, numbers) if row != 3 else np.full(n, -1))
+    return np.stack(rows).astype(np.int32)
+
+
+def within_documents(mask, ids, restart):
+    """A pattern's mask `[head, n, n]` within documents, `[batch, head, n, n]`.
+
+    Args:
+        mask: bool `[head, n, n]`.
+        ids: `[batch, n]`, neighbours of one number are a document, negative ones of none.
+        restart: whether the mask is counted from each document's first position on.
+    """
+    masks = np.zeros((len(ids), *mask.shape), bool)
+    for row, of_batch in zip(ids, masks, strict=True):
+        edges = [0, *(np.flatnonzero(np.diff(row)) + 1), len(row)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            if row[begin] >= 0:
+                size = end - begin
+                of_batch[:, begin:end, begin:end] = mask[:, :size, :size] if restart else mask[:, begin:end, begin:end]
+    return masks

@@ -2,13 +2,15 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from test_patterns import stacks
 
+import stf
 from stf import patterns
-from stf.patterns import Blocks, Causal, Fixed, Local, OwnBlock, PerHead, Strided, Summary, Union
+from stf.patterns import Blocks, Causal, Fixed, Local, OwnBlock, PerHead, Sink, Strided, Summary, Union, Window
 
 EXAMPLES = [
     Causal(),
@@ -17,6 +19,9 @@ EXAMPLES = [
     OwnBlock(16),
     Summary(16, 4),
     Summary(16, 4, 3),
+    Sink(4),
+    Window(5),
+    Window(5) | Sink(2),
     Fixed(16, 4),
     Fixed(16, 4, 0),
     Blocks([[True, False], [True, True]], 8),
@@ -108,3 +113,79 @@ def test_representation_of_a_layout_is_short():
 def test_bad_configs_are_refused(config):
     with pytest.raises(ValueError, match="must|no pattern|does not fit"):
         patterns.deserialize(config)
+
+
+class Dilated(Local):
+    """A pattern of one's own: every second of the last positions."""
+
+    def __init__(self, window):
+        super().__init__(2 * window)
+
+    def get_config(self):
+        return {"window": self.window // 2}
+
+    def _keys(self, i):
+        return super()._keys(i)[::-2][::-1]
+
+    def _mask(self, i, j):
+        return super()._mask(i, j) & ((i - j) % 2 == 0)
+
+
+class Recent(Union):
+    """Another: a union with arguments of its own."""
+
+    _arguments = ("window", "stride")
+
+    def __init__(self, window, stride):
+        super().__init__([Window(window), Strided(stride)])
+        self.window, self.stride = window, stride
+
+    get_config = patterns.Pattern.get_config
+    from_config = classmethod(lambda cls, config: cls(**config))
+    __repr__ = patterns.Pattern.__repr__
+
+
+def test_patterns_of_ones_own_are_found_where_they_are_told_of():
+    for pattern in (Dilated(3), Recent(2, 5)):
+        name, config = type(pattern).__name__, patterns.serialize(pattern)
+        with pytest.raises(ValueError, match=f"`stf.patterns.register`.* Received: class_name='{name}'"):
+            patterns.deserialize(config)
+        assert patterns.deserialize(config, {name: type(pattern)}) == pattern
+        with keras.saving.custom_object_scope({name: type(pattern)}):
+            assert patterns.get(config) == pattern
+        keras.saving.register_keras_serializable("mine")(type(pattern))
+        assert patterns.deserialize(json.loads(json.dumps(config))) == pattern
+        del keras.saving.get_custom_objects()[f"mine>{name}"]
+        with pytest.raises(ValueError, match="names no pattern"):
+            patterns.deserialize(config)
+    try:
+        assert patterns.register(Recent) is Recent
+        assert patterns.deserialize(patterns.serialize(Recent(2, 5) | Sink(1))) == Recent(2, 5) | Sink(1)
+    finally:
+        patterns.serialization._registered.clear()
+    for wrong in (Local, type("Strided", (Local,), {}), int, Local(2)):
+        with pytest.raises(ValueError, match="`cls` must be a subclass of Pattern, not named as one"):
+            patterns.register(wrong)
+
+
+def test_a_saved_model_has_its_pattern_again(tmp_path):
+    inputs = keras.Input([30, 8])
+    layer = stf.layers.SparseAttention(2, 4, Recent(3, 4) | Sink(2))
+    model = keras.Model(inputs, layer(inputs))
+    model.save(tmp_path / "model.keras")
+    with pytest.raises((ValueError, TypeError), match="stf.patterns.register"):
+        keras.saving.load_model(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Recent": Recent})
+    assert again.layers[1].pattern == layer.pattern
+    x = np.random.default_rng(0).standard_normal((2, 30, 8), np.float32)
+    np.testing.assert_array_equal(again(x), model(x))
+
+
+def test_a_layout_by_a_rule():
+    layout = np.random.default_rng(0).random((2, 3, 3)) < 0.5
+    assert Blocks.from_rule(lambda row, column: layout[:, row, column], 11, 4) == Blocks(layout, 4)
+    assert Blocks.from_rule(lambda row, column: row >= 0, 11, 4) == Blocks(np.ones((3, 3), bool), 4)
+    with pytest.raises(ValueError, match="`layout` must be a bool array"):
+        Blocks.from_rule(lambda row, column: row - column, 11, 4)
+    with pytest.raises(ValueError, match="`n` must be an integer, 1 or more"):
+        Blocks.from_rule(lambda row, column: row > column, 0, 4)

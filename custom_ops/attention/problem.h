@@ -18,9 +18,11 @@ enum stf_kind {
   STF_CAUSAL = 0,     // every j
   STF_LOCAL = 1,      // i - j <= a
   STF_STRIDED = 2,    // (i - j) mod a = 0 and i - j >= b * a
-  STF_OWN_BLOCK = 3,  // j div a = i div a
+  STF_OWN_BLOCK = 3,  // j div a = i div a; counted from the document's first position where d = 1
   STF_SUMMARY = 4,    // b <= j mod a < c; of earlier blocks only (j div a < i div a) where d = 0, also of the own block where d = 1
-  STF_BLOCKS = 5,     // layout[i div a][j div a], an a-sized block layout of c x c blocks whose bits begin at bit b of `layouts`
+  STF_BLOCKS = 5,     // layout[i div a][j div a], an a-sized block layout of c x c blocks whose bits begin at bit b of `layouts`; counted
+                      // from the document's first position where d = 1
+  STF_COLUMNS = 6,    // as STF_SUMMARY, counted from the document's first position
 };
 
 // One component. `exclude` has bit t set where the keys of the head's t-th component (t less than this one's index) are left out, so that
@@ -41,7 +43,13 @@ typedef struct {
   const int32_t* program_begin;  // [programs + 1]
   const stf_component* components;
   const uint8_t* layouts;  // bits of all block layouts, row-major, least significant bit first; may be null
-  const int32_t* lengths;  // [B] positions in use of each sequence, or null: all are. Rows past it give 0 and -infinity.
+  const int32_t* lengths;  // [B] positions in use of each sequence, or null: all are. Rows past it have no key.
+  // [B, T, 2] Documents, which queries and keys of a pair share: of each position the first that it may attend to, and the one behind the
+  // last that may attend to it. Both never fall from one position to the next. Of the documents these are the ends; a position i that is
+  // of none has i + 1 and i. Null: a sequence is one document.
+  const int32_t* documents;
+  const float* sinks;  // [H] a score in every softmax of a head that has no value: it takes weight from the keys. Null: none
+  int64_t key_heads;   // of key and value, which divide the heads: each is that of as many heads, one after another. 0: as many as heads
 } stf_problem;
 
 // A [B, T, H, D] tensor: strides in elements, depth contiguous.

@@ -15,10 +15,12 @@ from stf.layers.fixed_attention import FixedAttention
 from stf.layers.initialization import paper_initializer
 from stf.layers.residual_block import SparseResidualBlock
 from stf.layers.residual_stack import SparseResidualStack
+from stf.layers.rotary import RotaryEmbedding
 from stf.layers.strided_attention import StridedAttention
 
 __all__ = [
     "FixedAttention",
+    "RotaryEmbedding",
     "SequenceEmbedding",
     "SparseAttention",
     "SparseResidualBlock",

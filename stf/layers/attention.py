@@ -7,9 +7,11 @@ import tensorflow as tf
 
 from stf import ops, patterns
 from stf.layers.initialization import seeded
-from stf.layers.padding import lengths_of, nan_where_refused
+from stf.layers.masks import Masks, read_masks
+from stf.layers.rotary import RotaryEmbedding
+from stf.layers.shapes import batch_and_positions
 from stf.layers.validation import positive, positives, seed_or_none
-from stf.ops.reference import pattern_mask, reference_weights
+from stf.ops.reference import allowed_pairs, reference_weights, weighted_values
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -30,7 +32,8 @@ class SparseAttention(keras.layers.Layer):
     Args:
         num_heads: number of heads.
         key_dim: depth of each head's query and key.
-        pattern: a `stf.patterns.Pattern`, or its config.
+        pattern: a `stf.patterns.Pattern`, or its config. A query sees as many keys as the pattern has:
+            `pattern.counts(n)`.
         value_dim: depth of each head's value; `key_dim` unless given.
         use_bias: whether the four projections add a bias.
         output_shape: shape of an output beside batch and position, an int or a tuple; the last
@@ -45,18 +48,38 @@ class SparseAttention(keras.layers.Layer):
         bias_constraint: of the biases.
         seed: int that fixes the kernels' random initial values, each kernel its own; None leaves
             the initializers as they are.
+        num_key_value_heads: heads of key and value, which divide `num_heads`: as many heads in a row
+            share each (grouped-query attention; 1: multi-query). As many as heads unless given.
+        attention_sink: whether each head learns a logit that takes part in its softmax without a value,
+            so that a query may attend to little (weight `attention_sink` `[head]`, 0 at first).
+        rotary: whether queries and keys are turned by their positions: see `RotaryEmbedding`.
+        rotary_base: of its angles.
+        rotary_scaling: what it divides positions by.
+        restart: whether, with documents, the pattern's positions and the rotary ones are counted from
+            each document's first on, not from the sequence's.
 
     Call arguments:
         query: `[batch, position, model_dim]`.
         value: like `query` with a width of its own; `query` unless given.
         key: like `value`; `value` unless given.
         lengths: integers `[batch]`, positions in use (padding is on the right), or None for all.
-            Without them a Keras mask of the query is taken, which must be of that kind.
-        query_mask: bool `[batch, position]`, Keras' mask of the query.
+            With them no mask of queries, keys or values is looked at.
+        query_mask: bool `[batch, position]`, Keras' mask of the query: positions that it leaves out give
+            attention 0. It is that of key and value too where `value` is not given.
         mask: the same; Keras gives either name.
         return_attention_scores: also return the scores, for short sequences of static length.
         training: not used.
         use_causal_mask: True, as every pattern is causal.
+        value_mask, key_mask: bool `[batch, position]`: positions that nothing attends to, which must be
+            padding on the left, on the right or on both sides. Queries behind the last key in use
+            must be left out too.
+        attention_mask: bool `[batch, position, position]` or `[position, position]`, by query and key, as
+            `keras.layers.MultiHeadAttention` takes it: what it leaves out up to the query must be other
+            documents' keys. A causal mask says nothing more than a pattern.
+        segment_ids: integers `[batch, position]` of packed sequences: neighbours of one number are a
+            document, and a query attends within its own. Negative: of none.
+        document_starts: integers `[batch, document]`, the same by the documents' first positions: see
+            `stf.ops.document_bounds`.
 
     Returns:
         `[batch, position, model_dim]`, or with `output_shape` `[batch, position, *output_shape]`; with
@@ -64,7 +87,7 @@ class SparseAttention(keras.layers.Layer):
 
     Raises:
         ValueError: for arguments that do not fit.
-        InvalidArgumentError: for a mask with padding that is not on the right, when it runs. XLA raises
+        InvalidArgumentError: for a mask that cannot be expressed, when it runs; names it. XLA raises
             nothing: compiled by it, the layer returns NaN for all of such a sequence.
     """
 
@@ -85,6 +108,12 @@ class SparseAttention(keras.layers.Layer):
         kernel_constraint=None,
         bias_constraint=None,
         seed=None,
+        num_key_value_heads=None,
+        attention_sink=False,
+        rotary=False,
+        rotary_base=10_000.0,
+        rotary_scaling=1.0,
+        restart=False,
         **kwargs,
     ):
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
@@ -104,24 +133,43 @@ class SparseAttention(keras.layers.Layer):
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self.seed = seed_or_none(seed)
+        self.num_key_value_heads = self.num_heads
+        if num_key_value_heads is not None:
+            self.num_key_value_heads = positive("num_key_value_heads", num_key_value_heads)
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide num_heads={self.num_heads}. "
+                f"Received: num_key_value_heads={num_key_value_heads}"
+            )
+        self.attention_sink = bool(attention_sink)
+        self.rotary = bool(rotary)
+        self.rotary_embedding = RotaryEmbedding(rotary_base, rotary_scaling, dtype=self.dtype_policy)
+        if self.rotary and self.key_dim % 2:
+            raise ValueError(f"`key_dim` must be even where rotary=True. Received: key_dim={key_dim}")
+        self.restart = bool(restart)
 
     def build(self, query_shape, value_shape=None, key_shape=None):
         value_shape = query_shape if value_shape is None else value_shape
         key_shape = value_shape if key_shape is None else key_shape
         self._check_shapes(query_shape, value_shape, key_shape)
         output_shape = self._output_shape or (query_shape[-1],)
-        self.query_dense = self._projection("query", 0, self.key_dim)
-        self.key_dense = self._projection("key", 1, self.key_dim)
-        self.value_dense = self._projection("value", 2, self.value_dim)
+        self.query_dense = self._projection("query", 0, self.num_heads, self.key_dim)
+        self.key_dense = self._projection("key", 1, self.num_key_value_heads, self.key_dim)
+        self.value_dense = self._projection("value", 2, self.num_key_value_heads, self.value_dim)
         axes = "efg"[: len(output_shape)]
         self.output_dense = self._dense("attention_output", 3, f"abcd,cd{axes}->ab{axes}", output_shape, axes)
         self.query_dense.build(query_shape)
         self.key_dense.build(key_shape)
         self.value_dense.build(value_shape)
         self.output_dense.build((*query_shape[:2], self.num_heads, self.value_dim))
+        self.sink = None
+        if self.attention_sink:
+            self.sink = self.add_weight(
+                name="attention_sink", shape=(self.num_heads,), initializer="zeros", autocast=False
+            )
 
-    def _projection(self, name, number, depth):
-        return self._dense(name, number, "abc,cde->abde", (self.num_heads, depth), "de")
+    def _projection(self, name, number, heads, depth):
+        return self._dense(name, number, "abc,cde->abde", (heads, depth), "de")
 
     def _dense(self, name, number, equation, shape, bias_axes):
         kernel = self.kernel_initializer
@@ -154,48 +202,89 @@ class SparseAttention(keras.layers.Layer):
         return_attention_scores=False,
         training=None,
         use_causal_mask=True,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        segment_ids=None,
+        document_starts=None,
     ):
         if not use_causal_mask:
             raise ValueError(
                 f"`use_causal_mask` must be True: every pattern is causal. Received: use_causal_mask={use_causal_mask}"
             )
-        mask = query_mask if query_mask is not None else mask
-        if lengths is None:
-            lengths = lengths_of(mask)
-        else:
-            mask = None
+        query_mask = query_mask if query_mask is not None else mask
+        if lengths is not None:
+            query_mask = value_mask = key_mask = None
+        if value is None or query_mask is value_mask:  # one mask, of queries and keys
+            query_mask, value_mask = None, query_mask if value_mask is None else value_mask
+        masks = read_masks(
+            *batch_and_positions(query),
+            query_mask,
+            (value_mask, key_mask),
+            attention_mask,
+            segment_ids,
+            document_starts,
+        )
+        if lengths is not None:
+            masks = masks._replace(lengths=lengths)
         projected = self.project(query, value, key)
         if not return_attention_scores:
-            return nan_where_refused(self.combine(self.attend(*projected, lengths)), mask)
-        output, scores = self._dense_attention(*projected, lengths)
-        return nan_where_refused(self.combine(output), mask), nan_where_refused(scores, mask)
+            return masks.nan_where_refused(self.combine(self._attend(*projected, masks)))
+        output, scores = self._dense_attention(*projected, masks)
+        return masks.nan_where_refused(self.combine(output)), masks.nan_where_refused(scores)
 
     def project(self, query, value=None, key=None):
-        """Query, key and value of each head, `[batch, position, head, depth]` each."""
+        """Query, key and value, `[batch, position, head, depth]` each, of the heads that each has."""
         value = query if value is None else value
         key = value if key is None else key
         self._check_shapes(query.shape, value.shape, key.shape)
         return self.query_dense(query), self.key_dense(key), self.value_dense(value)
 
-    def attend(self, query, key, value, lengths=None):
-        """Attention of projected heads, `[batch, position, head, value_dim]`."""
-        if query.dtype == tf.float64:
-            return ops.reference_attention(query, key, value, self.pattern, lengths=lengths)
-        return ops.attention(query, key, value, self.pattern, lengths=lengths)
+    def attend(self, query, key, value, lengths=None, documents=None):
+        """Attention of projected heads, `[batch, position, head, value_dim]`.
+
+        Args:
+            query, key, value: what `project` gives.
+            lengths: integers `[batch]`, positions in use, or None.
+            documents: what `stf.ops.document_bounds` gives, or None.
+        """
+        return self._attend(query, key, value, Masks(lengths, documents))
+
+    def _attend(self, query, key, value, masks):
+        query, key = self.with_positions(query, key, masks.documents)
+        attention = ops.reference_attention if query.dtype == tf.float64 else ops.attention
+        return masks.answer(attention(query, key, value, self.pattern, sink=self.sink, **self._arguments(masks)))
+
+    def _arguments(self, masks):
+        return {"lengths": masks.lengths, "documents": masks.documents, "restart": self.restart}
+
+    def with_positions(self, query, key, documents=None, positions=None):
+        """Query and key, turned by their positions where the layer is rotary.
+
+        Args:
+            query, key: what `project` gives.
+            documents: what `stf.ops.document_bounds` gives, or None.
+            positions: numbers `[position]`, where these are a part of a sequence, as in decoding.
+        """
+        if not self.rotary:
+            return query, key
+        if positions is None and documents is not None and self.restart:
+            place = tf.range(tf.cast(tf.shape(query)[1], tf.float64))
+            positions = place - tf.cast(documents[:, :, 0], tf.float64)
+        return tuple(self.rotary_embedding(x, positions=positions) for x in (query, key))
 
     def combine(self, heads):
         """The output projection of all heads' attention."""
         return self.output_dense(heads)
 
-    def _dense_attention(self, query, key, value, lengths):
-        positions = query.shape[1]
-        allowed = pattern_mask(self.pattern, positions, self.num_heads)[None]
-        if lengths is not None:
-            used = tf.sequence_mask(lengths, positions)[:, None]
-            allowed = allowed & used[:, :, :, None] & used[:, :, None, :]
+    def _dense_attention(self, query, key, value, masks):
+        query, key = self.with_positions(query, key, masks.documents)
+        allowed = allowed_pairs(self.pattern, query.shape[1], self.num_heads, **self._arguments(masks))
+        if masks.answered is not None:
+            allowed = allowed & masks.answered[:, None, :, None]
         dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
-        scores, _ = reference_weights(tf.cast(query, dtype), tf.cast(key, dtype), allowed)
-        output = tf.einsum("bhij,bjhd->bihd", scores, tf.cast(value, dtype))
+        scores, _ = reference_weights(tf.cast(query, dtype), tf.cast(key, dtype), allowed, sink=self.sink)
+        output = weighted_values(scores, tf.cast(value, dtype))
         return tf.cast(output, value.dtype), tf.cast(scores, value.dtype)
 
     def attention_weights(self, inputs, positions):
@@ -207,10 +296,10 @@ class SparseAttention(keras.layers.Layer):
 
         Returns:
             For each head a list with, for each position, a pair `(keys, weights)`: NumPy int64
-            `[keys]`, ascending, and float32 `[batch, keys]`, whose rows sum to 1.
+            `[keys]`, ascending, and float32 `[batch, keys]`, whose rows sum to 1 (less what a sink takes).
         """
         query, key, _ = self.project(inputs)
-        return weights_of_queries(query, key, self.pattern, positions)
+        return weights_of_queries(*self.with_positions(query, key), self.pattern, positions, self.sink)
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
         value_shape = query_shape if value_shape is None else value_shape
@@ -255,26 +344,40 @@ class SparseAttention(keras.layers.Layer):
             kernel_constraint=serialize(self.kernel_constraint),
             bias_constraint=serialize(self.bias_constraint),
             seed=self.seed,
+            num_key_value_heads=self.num_key_value_heads,
+            attention_sink=self.attention_sink,
+            rotary=self.rotary,
+            rotary_base=self.rotary_embedding.base,
+            rotary_scaling=self.rotary_embedding.scaling,
+            restart=self.restart,
         )
         return config
 
 
-def weights_of_queries(query, key, pattern, positions):
+def weights_of_queries(query, key, pattern, positions, sink=None):
     """What chosen queries attend to; see `SparseAttention.attention_weights`.
 
     Args:
-        query, key: `[batch, position, head, key_dim]`.
+        query: `[batch, position, head, key_dim]`.
+        key: the same, of as many heads or of fewer that are shared.
         pattern: a `stf.patterns.Pattern`.
         positions: the query positions, ints.
+        sink: `[head]`, or None.
     """
     query, key = tf.cast(query, tf.float32), tf.cast(key, tf.float32)
+    shared = query.shape[2] // key.shape[2]
     result = []
     for head in range(query.shape[2]):
         of_head = []
         for position in positions:
             keys = pattern.keys(int(position), head)
-            scores = tf.einsum("bd,bkd->bk", query[:, position, head], tf.gather(key[:, :, head], keys, axis=1))
-            of_head.append((keys, tf.nn.softmax(scores / query.shape[-1] ** 0.5).numpy()))
+            scores = tf.einsum(
+                "bd,bkd->bk", query[:, position, head], tf.gather(key[:, :, head // shared], keys, axis=1)
+            )
+            scores /= query.shape[-1] ** 0.5
+            if sink is not None:
+                scores = tf.concat([scores, tf.fill([tf.shape(scores)[0], 1], sink[head])], 1)
+            of_head.append((keys, tf.nn.softmax(scores)[:, : len(keys)].numpy()))
         result.append(of_head)
     return result
 

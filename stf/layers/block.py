@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from stf import ops
 from stf.layers.dropout import stateless_dropout
+from stf.layers.shapes import batch_and_positions
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -69,11 +70,6 @@ def _standardized(x, epsilon):
 def dense(x, kernel, bias):
     """`x @ kernel + bias` in the dtype of `x`: `[batch, position, in]` by `[in, out]`."""
     return tf.matmul(x, tf.cast(kernel, x.dtype)) + tf.cast(bias, x.dtype)
-
-
-def _rows(x):
-    """Batch and positions of a tensor, each an int where it is known."""
-    return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape[:2])]
 
 
 class BlockWeights(NamedTuple):
@@ -137,7 +133,7 @@ class Block:
         """Queries, keys and values apart: `[batch, position, head, depth]` each."""
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         parts = tf.split(query_key_value, [keys, keys, values], -1)
-        rows = _rows(query_key_value)
+        rows = batch_and_positions(query_key_value)
         depths = (self.key_dim, self.key_dim, self.value_dim)
         return [tf.reshape(part, [*rows, self.num_heads, d]) for part, d in zip(parts, depths, strict=True)]
 
@@ -161,7 +157,7 @@ class Block:
     def combine(self, heads):
         """The output projection of all heads' attention, `[batch, position, model_dim]`."""
         w = self.weights
-        heads = tf.reshape(heads, [*_rows(heads), self.num_heads * self.value_dim])
+        heads = tf.reshape(heads, [*batch_and_positions(heads), self.num_heads * self.value_dim])
         return dense(heads, w.attention_output_kernel, w.attention_output_bias)
 
     def add_attention(self, stream, heads, seed=None):

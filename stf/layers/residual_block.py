@@ -7,7 +7,6 @@ from stf.distribution.replicas import next_seed
 from stf.layers.block import residual_add, sigmoid_gelu
 from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
-from stf.layers.padding import lengths_of, nan_where_refused
 from stf.layers.validation import above_zero, positive, rate, seed_or_none
 
 
@@ -44,8 +43,9 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
     Call arguments:
         inputs: H, `[batch, position, model_dim]`.
         lengths: integers `[batch]`, given to the attention, or None.
-        mask: Keras' mask, with padding on the right, from which lengths are made; or None.
+        mask: Keras' mask, given to the attention unless lengths are, or None.
         training: whether to drop.
+        segment_ids, document_starts: of packed documents, given to the attention, or None.
 
     Returns:
         `[batch, position, model_dim]`.
@@ -119,18 +119,15 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
             name=name,
         )
 
-    def call(self, inputs, lengths=None, mask=None, training=None):
-        if lengths is None:
-            lengths = lengths_of(mask)
-        else:
-            mask = None
+    def call(self, inputs, lengths=None, mask=None, training=None, segment_ids=None, document_starts=None):
+        options = {"lengths": lengths, "segment_ids": segment_ids, "document_starts": document_starts}
+        options |= {"mask": mask if lengths is None else None}
+        options = {name: option for name, option in options.items() if option is not None}
         # Everything that changes from call to call is fixed here, outside what is recomputed.
         seed = self.next_seed(training)
         if self.recompute and training:
-            output = tf.recompute_grad(lambda stream: self.residual(stream, lengths, seed))(inputs)
-        else:
-            output = self.residual(inputs, lengths, seed)
-        return nan_where_refused(output, mask)
+            return tf.recompute_grad(lambda stream: self.residual(stream, options, seed))(inputs)
+        return self.residual(inputs, options, seed)
 
     def next_seed(self, training=None):
         """The seed of this call's dropout, int32 `[2]`; None where nothing is dropped."""
@@ -138,11 +135,16 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
             return None
         return next_seed(self.seed_generator)
 
-    def residual(self, stream, lengths=None, seed=None):
-        """The block without anything that a call changes: Eqs. 12-14, with dropout's masks drawn from `seed`."""
-        options = {} if lengths is None else {"lengths": lengths}
+    def residual(self, stream, options=None, seed=None):
+        """The block without anything that a call changes: Eqs. 12-14, with dropout's masks drawn from `seed`.
+
+        Args:
+            stream: H, `[batch, position, model_dim]`.
+            options: what the attention is called with beside it, by name.
+            seed: int32 `[2]`, or None for no dropout.
+        """
         # The attention may have a dtype policy of its own.
-        a = tf.cast(self.attention(self.attention_norm(stream), **options), stream.dtype)
+        a = tf.cast(self.attention(self.attention_norm(stream), **(options or {})), stream.dtype)
         stream = residual_add(stream, a, self.dropout, seed, 0)
         return residual_add(stream, self.feed_forward(self.feed_forward_norm(stream)), self.dropout, seed, 1)
 

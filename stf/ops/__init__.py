@@ -1,6 +1,7 @@
 """Attention over a sparse pattern: the custom op, its gradient, and the dense reference."""
 
 from stf.ops.attention import attention
+from stf.ops.documents import document_bounds
 from stf.ops.library import LibraryNotFoundError, is_available, library_path
 from stf.ops.packed_attention import packed_attention, packed_attention_gradient
 from stf.ops.reference import reference_attention
@@ -10,6 +11,7 @@ from stf.ops.residual_stack_decode import residual_stack_decode, runs_residual_s
 __all__ = [
     "LibraryNotFoundError",
     "attention",
+    "document_bounds",
     "is_available",
     "library_path",
     "packed_attention",

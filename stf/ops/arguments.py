@@ -43,16 +43,22 @@ def check_tensors(query, key, value, pattern, dtypes):
             raise ValueError(f"{name} must be [batch, position, head, depth]. Received: {name}={_words(tensor)}")
         sizes[name] = [None] * 4 if rank is None else tensor.shape.as_list()
     query, key, value = tensors.values()
-    _, positions, heads, _ = sizes["query"]
-    if heads is None:
-        raise ValueError(f"query must have a static number of heads. Received: query={_words(query)}")
-    for name, axes in (("key", 4), ("value", 3)):
-        if any(
-            None not in pair and pair[0] != pair[1] for pair in zip(sizes[name][:axes], sizes["query"], strict=False)
-        ):
-            wanted = tf.TensorShape([*sizes["query"][:axes], *sizes[name][axes:]])
+    batch, positions, heads, depth = sizes["query"]
+    key_heads = sizes["key"][2]
+    for name, number in (("query", heads), ("key", key_heads)):
+        if number is None:
+            raise ValueError(f"{name} must have a static number of heads. Received: {name}={_words(tensors[name])}")
+    if key_heads != heads and (key_heads == 0 or heads % key_heads):
+        raise ValueError(
+            f"key must have a number of heads that divides the query's, {heads}. Received: key={_words(key)}"
+        )
+    for name, wanted in (
+        ("key", [batch, positions, key_heads, depth]),
+        ("value", [*sizes["key"][:3], sizes["value"][3]]),
+    ):
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(sizes[name], wanted, strict=True)):
             raise ValueError(
-                f"{name} must have shape {wanted}, as the query has. "
+                f"{name} must have shape {tf.TensorShape(wanted)}, as query and key have. "
                 f"Received: {name}={_words(tensors[name])}, query={_words(query)}"
             )
     if heads > 0:
@@ -84,6 +90,16 @@ def check_lengths(lengths, query):
         for index in np.flatnonzero((given < 0) | (given > positions))[:1]:
             raise ValueError(f"lengths must be from 0 to {positions}. Received: lengths[{index}]={given[index]}")
     return lengths if lengths.dtype == tf.int32 else tf.saturate_cast(lengths, tf.int32)
+
+
+def check_sink(sink, query):
+    """The sink as a float32 tensor `[head]`; None stays."""
+    if sink is None:
+        return None
+    sink = tf.convert_to_tensor(sink)
+    if not sink.dtype.is_floating or not sink.shape.is_compatible_with([query.shape[2]]):
+        raise ValueError(f"sink must be floats of shape [{query.shape[2]}], one a head. Received: sink={_words(sink)}")
+    return tf.cast(sink, tf.float32)
 
 
 def check_scale(scale, query):

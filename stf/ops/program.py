@@ -41,24 +41,32 @@ class ProgramArguments:
             return [bits]
 
 
-def program_arguments(pattern, num_heads):
-    """The keyword arguments by which the attention ops know a pattern."""
-    return _lowered(pattern, num_heads).keywords() if num_heads else ProgramArguments(Program([], [0], b"")).keywords()
+def program_arguments(pattern, num_heads, restart=False):
+    """The keyword arguments by which the attention ops know a pattern; `restart` as `lower` has it."""
+    return (
+        _lowered(pattern, num_heads, restart).keywords()
+        if num_heads
+        else ProgramArguments(Program([], [0], b"")).keywords()
+    )
 
 
-def arguments_of(op, first):
+COUNTS = {"lengths": "num_lengths", "layout_bits": "num_layouts", "documents": "num_documents"}
+
+
+def arguments_of(op, first, optional=("lengths", "layout_bits")):
     """Of an attention op, for its gradient: the keyword arguments that do not depend on what is differentiated.
 
     Args:
         op: the op.
         first: the place of its first optional input.
+        optional: the optional inputs, in their order, lists of one or none.
     """
-    optional = list(op.inputs[first:])
-    lengths = [optional.pop(0)] if op.get_attr("num_lengths") else []
+    given = iter(op.inputs[first:])
+    inputs = {name: [next(given) for _ in range(op.get_attr(COUNTS[name]))] for name in optional}
     attributes = {name: op.get_attr(name) for name in ("components", "program_begin", "scale", "format")}
-    return {"lengths": lengths, "layout_bits": optional, **attributes}
+    return inputs | attributes
 
 
 @functools.lru_cache(maxsize=256)
-def _lowered(pattern, num_heads):
-    return ProgramArguments(lower(pattern, num_heads))
+def _lowered(pattern, num_heads, restart):
+    return ProgramArguments(lower(pattern, num_heads, restart))

@@ -14,10 +14,12 @@ from stf.patterns.own_block import OwnBlock
 from stf.patterns.pattern import Pattern
 from stf.patterns.per_head import PerHead
 from stf.patterns.reach import hops
-from stf.patterns.serialization import deserialize, get, serialize
+from stf.patterns.serialization import deserialize, get, register, serialize
+from stf.patterns.sink import Sink
 from stf.patterns.strided import Strided
 from stf.patterns.summary import Summary
 from stf.patterns.union import Union
+from stf.patterns.window import Window
 
 __all__ = [
     "Blocks",
@@ -30,13 +32,16 @@ __all__ = [
     "Pattern",
     "PerHead",
     "Program",
+    "Sink",
     "Strided",
     "Summary",
     "Union",
+    "Window",
     "components_mask",
     "deserialize",
     "get",
     "hops",
     "lower",
+    "register",
     "serialize",
 ]

@@ -46,6 +46,26 @@ class Blocks(Pattern):
         self.block_size = integer("block_size", block_size, 1)
         self._hash = None
 
+    @classmethod
+    def from_rule(cls, rule, n, block_size):
+        """The layout for n positions that a rule says.
+
+        Examples:
+            >>> stf.patterns.Blocks.from_rule(lambda row, column: row - column != 1, n=8, block_size=2).keys(7)
+            array([0, 1, 2, 3, 6, 7])
+
+        Args:
+            rule: function of block indices of queries, int array `[blocks, 1]`, and of keys, `[1, blocks]`, that
+                returns bools which broadcast to `[blocks, blocks]`, or to `[heads, blocks, blocks]`.
+            n: number of positions, 1 or more.
+            block_size: length of a block, 1 or more.
+        """
+        block_size = integer("block_size", block_size, 1)
+        blocks = -(-integer("n", n, 1) // block_size)
+        layout = np.asarray(rule(np.arange(blocks)[:, None], np.arange(blocks)[None, :]))
+        shape = np.broadcast_shapes(layout.shape, (blocks, blocks))
+        return cls(np.broadcast_to(layout, shape), block_size)
+
     @property
     def blocks(self):
         """Number of blocks that the layout divides a sequence into."""

@@ -15,6 +15,7 @@ class Kind(enum.IntEnum):
     OWN_BLOCK = 3
     SUMMARY = 4
     BLOCKS = 5
+    COLUMNS = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def covers(component, i, j):
         return ((i - j) % c.a == 0) & (i - j >= min(c.b * c.a, 2**31 - 1))
     if c.kind == Kind.OWN_BLOCK:
         return j // c.a == i // c.a
-    if c.kind == Kind.SUMMARY:
+    if c.kind in (Kind.SUMMARY, Kind.COLUMNS):
         column = j % c.a
         return (column >= c.b) & (column < c.c) & ((j // c.a < i // c.a) | bool(c.d))
     if c.kind == Kind.BLOCKS:
@@ -85,7 +86,7 @@ def check_whole(component):
     It must be of a known kind and leave nothing to other components: no keys excluded, a strided one from the query on
     (b is 0), a summary with its own block's columns (d is 1).
     """
-    begins = {Kind.STRIDED: component.b == 0, Kind.SUMMARY: component.d == 1}
+    begins = {Kind.STRIDED: component.b == 0, Kind.SUMMARY: component.d == 1, Kind.COLUMNS: False}
     if component.kind not in list(Kind) or component.exclude or not begins.get(component.kind, True):
         raise ValueError(
             "A leaf's component must be of a known kind, with exclude=0, b=0 if strided, d=1 if a summary. "

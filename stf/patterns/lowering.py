@@ -43,12 +43,13 @@ def programs(pattern, num_heads):
     return of_heads[:period]
 
 
-def lower(pattern, num_heads):
+def lower(pattern, num_heads, restart=False):
     """Packs a pattern for the op.
 
     Args:
         pattern: a `Pattern`.
         num_heads: number of heads, 1 or more.
+        restart: whether positions are counted from each document's first one on.
 
     Returns:
         A `Program` with as few programs as the heads differ in a repeating order.
@@ -66,7 +67,12 @@ def lower(pattern, num_heads):
                     places[part.c, bits] = 8 * len(layouts)
                     layouts += bits
                 b = places[part.c, bits]
-            records += [int(part.kind), part.a, b, part.c, part.d, part.exclude]
+            kind, d = part.kind, part.d
+            if restart and kind == Kind.SUMMARY:
+                kind = Kind.COLUMNS
+            elif restart and kind in (Kind.OWN_BLOCK, Kind.BLOCKS):
+                d = 1
+            records += [int(kind), part.a, b, part.c, d, part.exclude]
         begin.append(len(records) // 6)
     return Program(records, begin, bytes(layouts))
 

@@ -23,6 +23,7 @@ from stf.patterns.component import Kind
 from stf.patterns.per_head import PerHead
 from stf.patterns.strided import Strided
 from stf.patterns.union import Union
+from stf.patterns.validation import LARGEST
 
 
 class Sizes(NamedTuple):
@@ -170,7 +171,7 @@ def _unit(pattern, num_heads, devices):
     modulus = _modulus(parts, devices)
     if modulus:
         return modulus
-    if any(part.kind in (Kind.CAUSAL, Kind.STRIDED) for part in parts):
+    if any(part.kind in (Kind.CAUSAL, Kind.STRIDED) or part.a == LARGEST for part in parts):
         return 1
     sizes = [part.a for part in parts if part.kind in (Kind.OWN_BLOCK, Kind.SUMMARY, Kind.BLOCKS)]
     counts = {part.c - part.b for part in parts if part.kind == Kind.SUMMARY}

@@ -22,7 +22,7 @@ class Pattern:
     `_component` the same set as the kernels know it; one that has no such form cannot be run by them,
     alone or in a union, and NotImplementedError says so. A subclass of a leaf or of a combination may
     add to it; if it changes the set (`_keys`, `_mask`) it is a leaf of its own, whose `_component` must
-    be said anew. `deserialize` knows the patterns of this package alone.
+    be said anew. `register` makes a class known to `deserialize`, and so to models that are loaded.
 
     Examples:
         >>> pattern = stf.patterns.Local(2) | stf.patterns.Strided(3)

@@ -1,6 +1,41 @@
 """Patterns as plain data and back, for the configs of layers and models."""
 
+import sys
+
 from stf.patterns.pattern import Pattern
+
+_registered = {}  # classes of users' own, by name
+
+
+def register(cls):
+    """Decorator of a pattern's class of one's own: has `deserialize` make it of its name.
+
+    So that models with the pattern load without being told of it. Keras' own ways do too: a class in
+    `keras.saving.custom_object_scope`, in the `custom_objects` of `load_model`, or registered with Keras by its name.
+
+    Examples:
+        >>> @stf.patterns.register
+        ... class Sliding(stf.patterns.Local):
+        ...     pass
+        >>> stf.patterns.deserialize({"class_name": "Sliding", "config": {"window": 2}})
+        Sliding(window=2)
+
+    Args:
+        cls: a subclass of `Pattern`, with a name that no pattern of stf.patterns has. A later class of a name takes
+            the place of an earlier one.
+
+    Returns:
+        `cls`.
+
+    Raises:
+        ValueError: if it is no such class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Pattern)) or _own(cls.__name__) is not None:
+        raise ValueError(
+            f"`cls` must be a subclass of Pattern, not named as one of stf.patterns. Received: cls={cls!r}"
+        )
+    _registered[cls.__name__] = cls
+    return cls
 
 
 def serialize(pattern):
@@ -14,33 +49,37 @@ def serialize(pattern):
         ValueError: if `pattern` is not a pattern, or its class is another than that of stf.patterns of
             its name, which `deserialize` would make of it.
     """
-    from stf import patterns
-
     if not isinstance(pattern, Pattern):
         raise ValueError(f"`pattern` must be a pattern. Received: pattern={pattern!r}")
     name = type(pattern).__name__
-    if getattr(patterns, name, type(pattern)) is not type(pattern):
+    if _own(name) not in (None, type(pattern)):
         raise ValueError(f"`pattern` must not be of another class named {name}. Received: pattern={pattern!r}")
     return {"class_name": name, "config": pattern.get_config()}
 
 
-def deserialize(config):
+def deserialize(config, custom_objects=None):
     """The pattern that `serialize` made `config` from; further keys are ignored.
+
+    Args:
+        config: what `serialize` gave.
+        custom_objects: classes of one's own by name; those that Keras has been told of, and those that `register` was
+            called with, need not be named. The patterns of this package come first.
 
     Raises:
         ValueError: if `config` is not such a dict, names no pattern, or has arguments that the
             pattern refuses.
     """
-    from stf import patterns
-
     if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
         raise ValueError(
             f"`config` must be a dict with 'class_name' and 'config', as `serialize` gives. Received: config={config!r}"
         )
     name = config["class_name"]
-    kind = getattr(patterns, name, None) if isinstance(name, str) else None
+    kind = _named(name, custom_objects) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, Pattern) and kind is not Pattern):
-        raise ValueError(f"`config` names no pattern. Received: class_name={name!r}")
+        raise ValueError(
+            "`config` names no pattern; one of your own needs `stf.patterns.register`, or `custom_objects`. "
+            f"Received: class_name={name!r}"
+        )
     try:
         return kind.from_config(config["config"])
     except (TypeError, KeyError) as error:
@@ -58,3 +97,29 @@ def get(pattern):
     if isinstance(pattern, dict):
         return deserialize(pattern)
     raise ValueError(f"`pattern` must be a pattern of stf.patterns, or its config. Received: pattern={pattern!r}")
+
+
+def _own(name):
+    """The pattern of stf.patterns of a name, or None."""
+    from stf import patterns
+
+    kind = getattr(patterns, name, None) if name in patterns.__all__ else None
+    return kind if isinstance(kind, type) and issubclass(kind, Pattern) else None
+
+
+def _named(name, custom_objects):
+    """The class of a name, or None."""
+    own = _own(name)
+    if own is not None:
+        return own
+    if custom_objects and name in custom_objects:
+        return custom_objects[name]
+    keras = sys.modules.get("keras")  # where it has not been imported it has been told nothing
+    if keras is not None:
+        by_keras = keras.saving.get_registered_object(name)
+        if by_keras is None:  # of a package: registered as "package>name"
+            objects = keras.saving.get_custom_objects()
+            by_keras = next((each for key, each in objects.items() if key.rpartition(">")[2] == name), None)
+        if isinstance(by_keras, type) and issubclass(by_keras, Pattern):
+            return by_keras
+    return _registered.get(name)

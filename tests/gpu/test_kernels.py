@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from paper_sets import segment_ids, within_documents
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -27,6 +28,7 @@ patterns = torch_binding.import_patterns()
 
 Causal, Local, Strided, OwnBlock = patterns.Causal, patterns.Local, patterns.Strided, patterns.OwnBlock
 Summary, Blocks, PerHead, Fixed = patterns.Summary, patterns.Blocks, patterns.PerHead, patterns.Fixed
+Sink = patterns.Sink
 
 HEADS = 3
 
@@ -68,14 +70,37 @@ PATTERNS = {
 }
 
 
-def reference(query, key, value, mask, lengths, scale, dtype):
+def of_each_head(x, heads):
+    """Keys or values with as many heads as queries."""
+    return x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def of_documents(ids):
+    """What stf_problem says of documents, int32 `[batch, n, 2]`, from segment ids `[batch, n]`."""
+    bounds = np.zeros((*ids.shape, 2), np.int32)
+    for row, of_row in zip(ids, bounds, strict=True):
+        edges = [0, *(np.flatnonzero(np.diff(row)) + 1), len(row)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            place = np.arange(begin, end)
+            of_row[begin:end] = [begin, end] if row[begin] >= 0 else np.stack([place + 1, place], -1)
+    return bounds
+
+
+def reference(query, key, value, mask, lengths, scale, dtype, sinks=None):
     """Output and log-sum-exp by dense mathematics in `dtype`."""
     query, key, value = (x.to(dtype) for x in (query, key, value))
+    key, value = (of_each_head(x, query.shape[2]) for x in (key, value))
     score = torch.einsum("bihd,bjhd->bhij", query, key) * scale
-    allowed = mask[None]
+    allowed = mask if mask.dim() == 4 else mask[None]
     if lengths is not None:
         used = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
         allowed = allowed & used[:, None, :, None] & used[:, None, None, :]
+    if sinks is not None:  # a key of its own, with value 0
+        sink = sinks.to(dtype)[None, :, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat([score.masked_fill(~allowed, -torch.inf), sink], -1)
+        log_sum_exp = torch.logsumexp(score, -1)
+        weight = torch.exp(score - log_sum_exp[..., None])[..., :-1]
+        return torch.einsum("bhij,bjhd->bihd", weight, value), log_sum_exp
     empty = ~allowed.any(-1)
     score = score.masked_fill(~allowed, -torch.inf).masked_fill(empty[..., None], 0)
     log_sum_exp = torch.logsumexp(score, -1)
@@ -83,21 +108,24 @@ def reference(query, key, value, mask, lengths, scale, dtype):
     return torch.einsum("bhij,bjhd->bihd", weight, value), log_sum_exp.masked_fill(empty, -torch.inf)
 
 
-def gradients(query, key, value, mask, lengths, scale, dtype, output_grad, sum_grad):
+def gradients(query, key, value, mask, lengths, scale, dtype, output_grad, sum_grad, sinks=None):
     leaves = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
-    output, log_sum_exp = reference(*leaves, mask, lengths, scale, dtype)
+    output, log_sum_exp = reference(*leaves, mask, lengths, scale, dtype, sinks)
     loss = (output * output_grad.to(dtype)).sum()
     if sum_grad is not None:
         loss = loss + (log_sum_exp.masked_fill(torch.isinf(log_sum_exp), 0) * sum_grad.to(dtype)).sum()
     return [output.detach(), log_sum_exp.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def spelled_out(query, key, value, mask, lengths, scale, dtype, output_grad, sum_grad):
+def spelled_out(query, key, value, mask, lengths, scale, dtype, output_grad, sum_grad, sinks=None):
     """`gradients` by the formulas of a backward pass that keeps output and log-sum-exp alone, in `dtype`."""
-    output, log_sum_exp = reference(query, key, value, mask, lengths, scale, dtype)
+    output, log_sum_exp = reference(query, key, value, mask, lengths, scale, dtype, sinks)
     query, key, value, output_grad = (x.to(dtype) for x in (query, key, value, output_grad))
+    shared = query.shape[2] // key.shape[2]
+    key, value = (of_each_head(x, query.shape[2]) for x in (key, value))
+    mask = mask if mask.dim() == 4 else mask[None]
     score = torch.einsum("bihd,bjhd->bhij", query, key) * scale
-    weight = torch.exp(score - log_sum_exp[..., None]).masked_fill(~mask[None], 0).nan_to_num(0, 0, 0)
+    weight = torch.exp(score - log_sum_exp[..., None]).masked_fill(~mask, 0).nan_to_num(0, 0, 0)
     if lengths is not None:
         used = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
         weight = weight * used[:, None, :, None] * used[:, None, None, :]
@@ -109,15 +137,15 @@ def spelled_out(query, key, value, mask, lengths, scale, dtype, output_grad, sum
         output,
         log_sum_exp,
         torch.einsum("bhij,bjhd->bihd", score_grad, key),
-        torch.einsum("bhij,bihd->bjhd", score_grad, query),
-        torch.einsum("bhij,bihd->bjhd", weight, output_grad),
+        torch.einsum("bhij,bihd->bjhd", score_grad, query).unflatten(2, (-1, shared)).sum(3),
+        torch.einsum("bhij,bihd->bjhd", weight, output_grad).unflatten(2, (-1, shared)).sum(3),
     ]
 
 
 def run(attention, query, key, value, output_grad, sum_grad):
     """Outputs and gradients of the kernels, into poisoned memory."""
     batch, n, heads, _ = query.shape
-    poison = [torch.full_like(x, torch.nan) for x in (value, query, key, value)]
+    poison = [torch.full_like(x, torch.nan) for x in (output_grad, query, key, value)]
     log_sum_exp = torch.full([batch, heads, n], torch.nan, device="cuda")
     attention.forward(query, key, value, poison[0], log_sum_exp)
     attention.backward(query, key, value, poison[0], log_sum_exp, output_grad, sum_grad, *poison[1:])
@@ -137,19 +165,28 @@ def check(
     scale=None,
     pad=0,
     compared=None,
+    ids=None,
+    restart=False,
+    key_heads=None,
+    with_sinks=False,
 ):
     """Outputs and gradients, written twice, beside float64: of all sequences, or of those that are `compared`."""
+    key_heads = heads if key_heads is None else key_heads
     torch.manual_seed(n + sum(depths))
     torch.backends.cuda.matmul.allow_tf32 = False
-    shapes = [[batch, n, heads, depth + pad] for depth in (depths[0], depths[0], depths[1], depths[1])]
+    widths = ((heads, depths[0]), (key_heads, depths[0]), (key_heads, depths[1]), (heads, depths[1]))
+    shapes = [[batch, n, count, depth + pad] for count, depth in widths]
     tensors = [torch.randn(shape, device="cuda").to(dtype)[..., : shape[-1] - pad] for shape in shapes]
     query, key, value, output_grad = tensors
     sum_grad = torch.randn(batch, heads, n, device="cuda") if with_sum_grad else None
     lengths = torch.tensor([n // 3, n][:batch], dtype=torch.int32, device="cuda") if with_lengths else None
     scale = 1 / math.sqrt(depths[0]) if scale is None else scale
-    mask = torch.from_numpy(np.stack([pattern.mask(n, head) for head in range(heads)])).cuda()
+    mask = np.stack([pattern.mask(n, head) for head in range(heads)])
+    mask = torch.from_numpy(mask if ids is None else within_documents(mask, ids, restart)).cuda()
+    documents = None if ids is None else torch.from_numpy(of_documents(ids)).cuda()
+    sinks = torch.randn(heads, device="cuda") if with_sinks else None
 
-    attention = torch_binding.Attention(query, value, pattern, lengths, scale)
+    attention = torch_binding.Attention(query, value, pattern, lengths, scale, documents, restart, sinks)
     padded = [x.clone() if with_lengths else x for x in (query, key, value, output_grad)]
     if with_lengths:  # what lies beyond is nobody's business
         for x in padded:
@@ -162,8 +199,9 @@ def check(
         ours = [x[compared] for x in ours]
         sum_grad = None if sum_grad is None else sum_grad[compared]
     arguments = query, key, value, mask, lengths, scale
-    exact = gradients(*arguments, torch.float64, output_grad, sum_grad)
-    peers = [maths(*arguments, dtype, output_grad, sum_grad) for maths in (gradients, spelled_out)]
+    upstream = output_grad, sum_grad, sinks
+    exact = gradients(*arguments, torch.float64, *upstream)
+    peers = [maths(*arguments, dtype, *upstream) for maths in (gradients, spelled_out)]
     names = ("output", "log_sum_exp", "query_grad", "key_grad", "value_grad")
     for name, x, y, *plain in zip(names, ours, exact, *peers, strict=True):
         assert not torch.isnan(x).any(), f"{name}: {torch.isnan(x).sum()} of {x.numel()} are NaN"
@@ -267,6 +305,60 @@ def test_the_same_bits_in_twenty_runs(pattern, depths):
     for _ in range(19):
         for x, y in zip(first, run(attention, *tensors, None), strict=True):
             assert torch.equal(x, y), "another run gave other bits"
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
+@pytest.mark.parametrize("n", [37, 389])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_documents(name, n, restart):
+    check(PATTERNS[name](n), n, ids=segment_ids(n, 2), restart=restart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_documents_and_all_else(name, dtype):
+    """Lengths, sinks and a key and value of all heads too."""
+    more = {"with_lengths": True, "with_sinks": True, "key_heads": 1}
+    for restart in (False, True):
+        check(PATTERNS[name](205), 205, dtype, (64, 32), ids=segment_ids(205, 2, 1), restart=restart, **more)
+
+
+@pytest.mark.parametrize("case", range(len(ONE_PASS)))
+def test_documents_backward_in_one_pass(case):
+    pattern, n, depths = ONE_PASS[case]
+    check(pattern(), n, depths=depths, ids=segment_ids(n, 2))
+    check(pattern(), n, depths=depths, ids=segment_ids(n, 2, 1), key_heads=1, with_sinks=True, restart=True)
+
+
+@pytest.mark.parametrize("length", [1, 24, 32, 33, 64, 65, 96, 128, 129])
+def test_documents_in_packed_sequences(length):
+    for dtype in (torch.float32, torch.bfloat16):
+        n = 5 * length - 2
+        check(Strided(5), n, dtype, ids=segment_ids(n, 2))
+        check(OwnBlock(length), n, dtype, ids=segment_ids(n, 2), with_lengths=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("depths", [(32, 32), (64, 64), (64, 128), (7, 5), (256, 256)], ids=str)
+@pytest.mark.parametrize("key_heads", [1, 2, 3])
+def test_key_heads(key_heads, depths, dtype):
+    for name in ("causal", "local 128", "strided 7", "own block", "merged fixed", "everything"):
+        if name != "everything":
+            check(PATTERNS[name](300), 300, dtype, depths, heads=6, key_heads=key_heads)
+    check(PATTERNS["everything"](300), 300, dtype, depths, key_heads=1)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_sinks(name):
+    for dtype in (torch.bfloat16, torch.float32):
+        check(PATTERNS[name](205), 205, dtype, with_sinks=True, with_lengths=True)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 64, 200])
+def test_first_positions(size):
+    for depths in ((32, 32), (64, 64), (64, 128)):
+        check(Sink(size), 300, depths=depths)
+        check(Local(30) | Sink(size), 300, depths=depths)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])

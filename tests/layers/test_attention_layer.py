@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import stf
 from stf import patterns
 from stf.layers import FixedAttention, SparseAttention, SparseResidualBlock, StridedAttention
 
@@ -96,10 +97,205 @@ def test_padding_by_lengths_or_mask_changes_nothing_before_it():
     assert (scores.numpy()[1, :, 6:] == 0).all() and (scores.numpy()[1, :, :, 6:] == 0).all()
 
 
-def test_padding_on_the_left_is_refused():
-    mask = np.arange(13)[None] >= 4
-    with pytest.raises(tf.errors.InvalidArgumentError, match="on the right"):
-        StridedAttention(2, 4, 4)(vectors(batch=1), mask=mask)
+SIDES = np.arange(16) + np.array([[0], [-6], [6], [0]]), np.array([[16], [10], [16], [0]])  # none, left, right, all
+USED = (SIDES[0] >= 0) & (SIDES[0] < SIDES[1])
+
+
+@pytest.mark.parametrize("mode", ["", "float64", "xla"])
+@pytest.mark.parametrize("name", ["strided", "block, recomputed"])
+def test_padding_on_both_sides_is_exact(name, mode):
+    """What is in use gives what it gives alone (strides and windows do not depend on where a sequence begins)."""
+    if mode == "float64" and name != "strided":
+        return
+    layer = StridedAttention(2, 8, stride=4, dtype="float64") if mode == "float64" else ATTENTIONS[name]()
+    x = tf.cast(vectors(batch=5, positions=16, width=16), layer.compute_dtype)
+    mask = np.concatenate([USED, [[False] * 4 + [True] * 7 + [False] * 5]])
+    layer.build(x.shape)
+    run = tf.function(lambda x, mask: layer(x, mask=mask), jit_compile=mode == "xla")
+    output = run(x, mask)
+    assert np.isfinite(output).all()
+    changed = run(tf.where(mask[:, :, None], x, -7), mask)
+    np.testing.assert_array_equal(output[mask], changed[mask])
+    for row, used in enumerate(mask):
+        if used.any():
+            alone = layer(x[row : row + 1, used.argmax() : used.argmax() + used.sum()])
+            np.testing.assert_allclose(output[row][used], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_masks_mean_what_they_mean_in_keras():
+    ours = SparseAttention(2, 8, patterns.Causal())
+    theirs = keras.layers.MultiHeadAttention(2, 8)
+    x = vectors(batch=4, positions=16, width=16)
+    theirs.build(x.shape, x.shape)
+    ours.build(x.shape)
+    ours.set_weights(theirs.get_weights())
+    right, left = np.arange(16) < np.array([[16], [11], [5], [1]]), np.arange(16) >= np.array([[0], [2], [7], [15]])
+    for masks in (
+        {"query_mask": left},
+        {"query_mask": right, "value_mask": right},
+        {"query_mask": right, "key_mask": right},
+        {"value_mask": left},
+        {"query_mask": right & left, "value_mask": right, "key_mask": left},
+        {"attention_mask": np.tril(np.ones((16, 16), bool))},
+        {"attention_mask": np.tril(np.ones((4, 16, 16), int)), "value_mask": left},
+        {"attention_mask": np.arange(16)[:, None] // 5 == np.arange(16) // 5},
+    ):
+        want = theirs(x, x, use_causal_mask=True, **masks)
+        rows = np.ones((4, 16), bool)
+        for name, mask in masks.items():  # Keras makes something of a query without a key
+            rows &= mask if name != "attention_mask" else True
+        got = ours(x, x, **masks)
+        np.testing.assert_allclose(got[rows], want[rows], rtol=1e-4, atol=1e-5, err_msg=str(list(masks)))
+        scores = ours(x, x, return_attention_scores=True, **masks)
+        np.testing.assert_allclose(scores[0], got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ({"attention_mask": np.eye(16, k=-1, dtype=bool)}, "`attention_mask` must leave each query"),
+        ({"attention_mask": np.tril(np.ones((16, 16))) - np.eye(16, k=-3)}, "`attention_mask` must leave each query"),
+        ({"attention_mask": (np.arange(16) < 9)[None, None]}, "`query_mask` \\(`value_mask`, `key_mask`\\)"),
+        ({"value_mask": np.arange(16)[None] != 4}, "on the left and on the right alone"),
+        ({"key_mask": np.arange(16)[None] < 4, "query_mask": np.arange(16)[None] < 5}, "`query_mask` must leave out"),
+    ],
+)
+def test_masks_that_cannot_be_expressed_are_refused_by_name(masks, words):
+    layer, x = SparseAttention(2, 8, patterns.Causal()), vectors(batch=2, positions=16, width=16)
+    masks = {name: np.repeat(mask, 2, 0) if len(mask) == 1 else mask for name, mask in masks.items()}
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        layer(x, x, **masks)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Assert|must"):
+        tf.function(lambda x: layer(x, x, **masks))(x)
+    assert np.isnan(tf.function(lambda x: layer(x, x, **masks), jit_compile=True)(x)).all()
+    with pytest.raises(ValueError, match="attention_mask of shape"):
+        layer(x, attention_mask=np.ones((2, 2, 16, 16)))
+
+
+def test_packed_documents_give_what_each_gives_alone():
+    x = vectors(batch=2, positions=24, width=16)
+    ids = np.array([[3] * 5 + [1] * 9 + [2] * 10, [0] * 24])
+    starts = np.array([[0, 5, 14], [0, -1, -1]])
+    for make in (
+        lambda **more: FixedAttention(4, 8, stride=4, summary=1, num_key_value_heads=2, **more),
+        lambda **more: StridedAttention(4, 8, stride=4, mode="multihead", attention_sink=True, **more),
+    ):
+        layer = make(restart=True, rotary=True, seed=1)
+        layer.build(x.shape)
+        if layer.sink is not None:
+            layer.sink.assign([0.5, -1.0, 2.0, 0.0])
+        packed = layer(x, segment_ids=ids)
+        np.testing.assert_array_equal(layer(x, document_starts=starts), packed)
+        alone = [layer(x[:1, begin:end]) for begin, end in ((0, 5), (5, 14), (14, 24))]
+        np.testing.assert_allclose(packed[:1], tf.concat(alone, 1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(packed[1], layer(x)[1], rtol=1e-4, atol=1e-5)
+        block = SparseResidualBlock(layer, recompute=True)
+        streams = [block(x[:1, begin:end]) for begin, end in ((0, 5), (5, 14), (14, 24))]
+        np.testing.assert_allclose(
+            block(x, segment_ids=ids, training=True)[:1], tf.concat(streams, 1), rtol=1e-4, atol=1e-4
+        )
+    not_restarted = FixedAttention(4, 8, stride=4, summary=1, seed=1)
+    alone = not_restarted(x[:1, 5:14])
+    assert not np.allclose(not_restarted(x, segment_ids=ids)[0, 5:14], alone[0], atol=1e-3)
+    inputs, numbers = keras.Input([24, 16]), keras.Input([24], dtype="int32")
+    model = keras.Model([inputs, numbers], not_restarted(inputs, segment_ids=numbers))
+    np.testing.assert_allclose(model([x, tf.constant(ids)]), not_restarted(x, segment_ids=ids), rtol=1e-5, atol=1e-6)
+
+
+def test_a_document_that_a_mask_cuts_in_two_is_refused():
+    layer, x = StridedAttention(2, 8, stride=4), vectors(batch=1, positions=12, width=16)
+    ids = np.array([[0] * 6 + [1] * 6])
+    layer(x, segment_ids=ids, mask=np.array([[False] + [True] * 4 + [False] * 2 + [True] * 4 + [False]]))
+    for hole in (3, 8):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="on the left and on the right alone"):
+            layer(x, segment_ids=ids, mask=np.arange(12)[None] != hole)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_shared_heads_equal_keras_grouped_query_attention(key_heads):
+    ours = SparseAttention(4, 8, patterns.Local(5), num_key_value_heads=key_heads)
+    theirs = keras.layers.GroupQueryAttention(8, 4, key_heads)
+    x = vectors(batch=2, positions=16, width=32)
+    theirs.build(x.shape, x.shape)
+    ours.build(x.shape)
+    ours.set_weights(theirs.get_weights())
+    mask = np.stack([patterns.Local(5).mask(16)] * 2)
+    np.testing.assert_allclose(ours(x), theirs(x, x, attention_mask=mask), rtol=1e-4, atol=1e-5)
+    heads = ours.attention_weights(x, [9])
+    np.testing.assert_allclose(
+        heads[3][0][1], ours(x, return_attention_scores=True)[1][:, 3, 9, heads[3][0][0][0] : 10], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_sink_takes_weight_and_learns():
+    layer, x = SparseAttention(2, 8, patterns.Local(5), attention_sink=True), vectors(batch=2, positions=16, width=16)
+    layer(x)
+    plain = SparseAttention(2, 8, patterns.Local(5))
+    plain.build(x.shape)
+    plain.set_weights([weight for weight in layer.get_weights() if weight.shape != (2,)])
+    layer.sink.assign([-np.inf, -np.inf])
+    np.testing.assert_array_equal(layer(x), plain(x))
+    layer.sink.assign([20.0, -1.0])
+    _, scores = layer(x, return_attention_scores=True)
+    assert tf.reduce_max(scores[:, 0]) < 1e-5 and 0.5 < float(tf.reduce_sum(scores[0, 1, 9])) < 1
+    assert np.isclose(layer.attention_weights(x, [9])[1][0][1][0].sum(), tf.reduce_sum(scores[0, 1, 9]), atol=1e-5)
+    layer.sink.assign([0.3, -0.4])
+    step = 1e-2
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(x) ** 2)
+    grad = tape.gradient(loss, layer.sink.value)
+    for head in range(2):
+        losses = []
+        for sign in (1, -1):
+            layer.sink.assign(np.float32([0.3, -0.4]) + sign * step * np.eye(2, dtype=np.float32)[head])
+            losses.append(float(tf.reduce_sum(tf.cast(layer(x), tf.float64) ** 2)))
+        np.testing.assert_allclose(grad[head], (losses[0] - losses[1]) / (2 * step), rtol=1e-2)
+
+
+def test_rotary_scores_depend_on_distances_alone_and_decoding_goes_on():
+    layer = SparseAttention(4, 8, patterns.Local(6), rotary=True, num_key_value_heads=2, seed=0)
+    x = vectors(batch=2, positions=20, width=16)
+    scores = layer(x, return_attention_scores=True)[1]
+    moved = layer(tf.concat([x[:, :7] * 3, x], 1), return_attention_scores=True)[1]
+    np.testing.assert_allclose(scores[:, :, 8:, 8:], moved[:, :, 15:, 15:], rtol=1e-4, atol=1e-6)
+    want = layer(x)
+    query, key, value = layer.project(x)
+    cache = stf.generation.KeyValueCache(layer.pattern, 4, 20, 8, 8)
+    state = cache.zeros(2)
+    for position in range(20):
+        one = [part[:, position : position + 1] for part in (query, key)]
+        turned, turned_key = layer.with_positions(*one, positions=[position])
+        shared = [tf.repeat(part[:, 0], 2, axis=1) for part in (turned_key, value[:, position : position + 1])]
+        state = cache.write(state, *shared, position)
+        heads = cache.attend(state, turned[:, 0], position)
+        np.testing.assert_allclose(layer.combine(heads[:, None])[:, 0], want[:, position], rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_embedding_is_exact_a_million_positions_on():
+    rotary = stf.layers.RotaryEmbedding(base=500.0, scaling=2.0)
+    x = vectors(batch=1, positions=3, width=16)[:, :, None]
+    positions = np.array([5, 999_999, 1_000_001])
+    angle = positions[:, None] / 2 * 500.0 ** (-np.arange(8) / 8)
+    first, second = np.split(np.array(x, np.float64)[0, :, 0], 2, -1)
+    want = np.concatenate(
+        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], -1
+    )
+    np.testing.assert_allclose(rotary(x, positions=positions)[0, :, 0], want, rtol=0, atol=3e-6)
+    assert stf.layers.RotaryEmbedding.from_config(rotary.get_config()).base == 500.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_key_value_heads": 3}, "`num_key_value_heads` must divide num_heads=4. Received: num_key_value_heads=3"),
+        ({"num_key_value_heads": 0}, "`num_key_value_heads` must be an int, 1 or more"),
+        ({"rotary": True, "key_dim": 5}, "`key_dim` must be even where rotary=True. Received: key_dim=5"),
+        ({"rotary_base": 0}, "`base` must be above 0"),
+    ],
+)
+def test_features_refuse(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        SparseAttention(**{"num_heads": 4, "key_dim": 8, "pattern": patterns.Causal()} | arguments)
 
 
 ATTENTIONS = {
@@ -109,12 +305,12 @@ ATTENTIONS = {
     "block": lambda: SparseResidualBlock(StridedAttention(2, 8, stride=4), dropout=0.1),
     "block, recomputed": lambda: SparseResidualBlock(StridedAttention(2, 8, stride=4), dropout=0.1, recompute=True),
 }
-IDS = np.array([[0] * 6 + [*range(1, 11)], [*range(1, 11)] + [0] * 6, [1, 0] * 8, [0] * 16], np.int32)
-RIGHT = np.array([False, True, False, True])
+IDS = np.array([[0] * 6 + [1] * 4 + [0] + [1] * 5, [*range(1, 11)] + [0] * 6, [1, 0] * 8, [0] * 16], np.int32)
+RIGHT = np.array([False, True, False, True])  # the others have holes
 
 
 @pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_padding_that_is_not_on_the_right_is_loud_with_and_without_a_compiler(make):
+def test_holes_in_a_mask_are_loud_with_and_without_a_compiler(make):
     model = keras.Sequential([keras.Input([16], dtype="int32"), keras.layers.Embedding(20, 16, mask_zero=True), make()])
     model.compile()
     for row in range(4):
@@ -123,7 +319,7 @@ def test_padding_that_is_not_on_the_right_is_loud_with_and_without_a_compiler(ma
             continue
         with pytest.raises(tf.errors.InvalidArgumentError, match="Assert"):
             model.predict(IDS[row : row + 1], verbose=0)
-        with pytest.raises(tf.errors.InvalidArgumentError, match="on the right"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="on the left and on the right alone"):
             model(IDS[row : row + 1])
     want = model.predict(IDS[RIGHT], verbose=0)
     model.compile(jit_compile=True)
@@ -133,7 +329,7 @@ def test_padding_that_is_not_on_the_right_is_loud_with_and_without_a_compiler(ma
 
 
 @pytest.mark.parametrize("name", ["strided", "block, recomputed"])
-def test_a_compiled_step_has_no_gradient_that_seems_right_of_padding_on_the_left(name):
+def test_a_compiled_step_has_no_gradient_that_seems_right_of_holes(name):
     layer, x = ATTENTIONS[name](), vectors(batch=4, positions=16, width=16)
 
     @tf.function(jit_compile=True)
@@ -145,7 +341,7 @@ def test_a_compiled_step_has_no_gradient_that_seems_right_of_padding_on_the_left
     layer.build(x.shape)
     right = np.arange(16) < np.array([[16], [3], [0], [9]])
     assert all(np.isfinite(grad).all() for grad in step(right))
-    assert all(np.isnan(grad).any() for grad in step(np.concatenate([right[:3], ~right[1:2]])))
+    assert all(np.isnan(grad).any() for grad in step(np.concatenate([right[:3], IDS[:1] != 0])))
 
 
 def test_scores_of_a_refused_mask_are_not_numbers_when_compiled():

@@ -90,13 +90,21 @@ def case(name, l, n):
     return pattern, np.stack([chosen[h % len(chosen)][1](h) for h in range(HEADS)])
 
 
-def run(inputs, pattern, op=None):
+def run(inputs, pattern, op=None, **arguments):
     """`Results` of the op (or of another function of its signature) as NumPy arrays in its own dtypes."""
     tensors = [tf.constant(x) for x in inputs[:3]]
+    if inputs.sink is not None:
+        tensors.append(tf.constant(inputs.sink))
     with tf.GradientTape() as tape:
         tape.watch(tensors)
         outputs = (op or stf.ops.attention)(
-            *tensors, pattern, lengths=inputs.lengths, scale=inputs.scale, return_log_sum_exp=True
+            *tensors[:3],
+            pattern,
+            lengths=inputs.lengths,
+            scale=inputs.scale,
+            sink=None if inputs.sink is None else tensors[3],
+            return_log_sum_exp=True,
+            **arguments,
         )
     upstream = [
         tf.cast(x, y.dtype) for x, y in zip((inputs.output_grad, inputs.log_sum_exp_grad), outputs, strict=True)
@@ -104,10 +112,10 @@ def run(inputs, pattern, op=None):
     return Results(*(x.numpy() for x in (*outputs, *tape.gradient(outputs, tensors, upstream))))
 
 
-def check(inputs, pattern, mask, words=""):
+def check(inputs, pattern, mask, words="", **arguments):
     """Runs the op and compares outputs and gradients with the float64 reference, within measured budgets."""
     truth, budgets = error_budgets(inputs, mask)
-    results = run(inputs, pattern)
+    results = run(inputs, pattern, **arguments)
     for name, error, budget in zip(Results._fields, largest_errors(results, truth), budgets, strict=True):
         assert error <= budget, f"{name} is wrong by {error:.3g}, more than {budget:.3g}: {pattern!r} {words}"
     return results

@@ -1,8 +1,8 @@
 """Attention and its gradient in NumPy, written out from the formulas: what the op is held against.
 
-It takes a mask `[head, position, position]` (from tests/paper_sets.py) and knows nothing of stf. In float64 it is the
-truth. In float32, with its results rounded to the op's dtype as the op rounds them, it is the same maths done densely,
-whose own error is the yardstick for the op's (see `error_budgets`).
+It takes a mask `[head, position, position]`, or one a batch row (from tests/paper_sets.py), and knows nothing of stf.
+In float64 it is the truth. In float32, with its results rounded to the op's dtype as the op rounds them, it is the same
+maths done densely, whose own error is the yardstick for the op's (see `error_budgets`).
 """
 
 from typing import NamedTuple
@@ -22,30 +22,47 @@ class Results(NamedTuple):
     query_grad: np.ndarray
     key_grad: np.ndarray
     value_grad: np.ndarray
+    sink_grad: np.ndarray | None = None  # [head], where there are sinks
 
 
 class Inputs(NamedTuple):
     """All that attention and its gradient read, in the op's dtype (the log-sum-exp's gradient in float32)."""
 
-    query: np.ndarray  # [batch, position, head, key_depth], as is the key
-    key: np.ndarray
-    value: np.ndarray  # [batch, position, head, value_depth], as is the output
-    output_grad: np.ndarray
+    query: np.ndarray  # [batch, position, head, key_depth]
+    key: np.ndarray  # [batch, position, key_head, key_depth]
+    value: np.ndarray  # [batch, position, key_head, value_depth]
+    output_grad: np.ndarray  # [batch, position, head, value_depth]
     log_sum_exp_grad: np.ndarray  # [batch, head, position]
     lengths: np.ndarray | None  # [batch]
     scale: float
+    sink: np.ndarray | None = None  # [head]
 
 
-def random_inputs(seed, batch, positions, heads, key_depth, value_depth, dtype="float32", lengths=None, scale=None):
+def random_inputs(
+    seed,
+    batch,
+    positions,
+    heads,
+    key_depth,
+    value_depth,
+    dtype="float32",
+    lengths=None,
+    scale=None,
+    key_heads=None,
+    with_sink=False,
+):
     """Inputs from a seed: normal, in the dtype. Padding holds them too; what it holds must not matter."""
     random = np.random.default_rng(seed)
     of = DTYPES[dtype]
-    shapes = [(batch, positions, heads, depth) for depth in (key_depth, key_depth, value_depth, value_depth)]
+    key_heads = heads if key_heads is None else key_heads
+    depths = ((heads, key_depth), (key_heads, key_depth), (key_heads, value_depth), (heads, value_depth))
+    shapes = [(batch, positions, *each) for each in depths]
     query, key, value, output_grad = (random.standard_normal(shape, np.float32).astype(of) for shape in shapes)
     log_sum_exp_grad = random.standard_normal((batch, heads, positions), np.float32)
     lengths = None if lengths is None else np.array(lengths, np.int32)
     scale = float(np.float32(1 / max(key_depth, 1) ** 0.5 if scale is None else scale))
-    return Inputs(query, key, value, output_grad, log_sum_exp_grad, lengths, scale)
+    sink = random.standard_normal(heads, np.float32) if with_sink else None
+    return Inputs(query, key, value, output_grad, log_sum_exp_grad, lengths, scale, sink)
 
 
 def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
@@ -53,7 +70,7 @@ def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
 
     Args:
         inputs: `Inputs`.
-        mask: bool `[head, position, position]`, query by key.
+        mask: bool `[head, position, position]` or `[batch, head, position, position]`, query by key.
         precision: dtype of the arithmetic.
         rounded: what happens to every result but the log-sum-exp before it is stored.
 
@@ -62,18 +79,29 @@ def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
     """
     q, k, v, d_out = (np.einsum("bihd->bhid", x.astype(precision)) for x in inputs[:4])
     d_lse = inputs.log_sum_exp_grad.astype(precision)[..., None]
-    batch, _, positions, _ = q.shape
-    allowed = np.broadcast_to(mask, (batch, *mask.shape))
+    batch, heads, positions, _ = q.shape
+    shared = heads // max(k.shape[1], 1)
+    k, v = (np.repeat(x, shared, axis=1) for x in (k, v))
+
+    def of_key_heads(x):  # the sum over the heads that share one
+        return x.reshape(batch, heads // max(shared, 1), shared, *x.shape[2:]).sum(axis=2)
+
+    allowed = np.broadcast_to(mask, (batch, *mask.shape[-3:]))
     if inputs.lengths is not None:
         used = np.arange(positions) < inputs.lengths[:, None]
         allowed = allowed & used[:, None, :, None] & used[:, None, None, :]
     scale = precision(inputs.scale)
     some = allowed.any(-1, keepdims=True)
+    sink = None if inputs.sink is None else inputs.sink.astype(precision)[:, None, None]
 
     scores = np.where(allowed, scale * (q @ k.swapaxes(-1, -2)), -np.inf)
     top = np.where(some, scores.max(-1, keepdims=True, initial=-np.inf), 0)
+    if sink is not None:
+        top, some = np.where(some, np.maximum(top, sink), sink), np.ones_like(some)
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
+    if sink is not None:
+        total += np.exp(sink - top)
     with np.errstate(divide="ignore"):
         lse = np.where(some, np.log(total) + top, -np.inf)
     out = rounded((weights / np.where(some, total, 1)) @ v)
@@ -82,12 +110,14 @@ def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
     d_lse = np.where(some, d_lse, 0)
     d_p, delta = d_out @ v.swapaxes(-1, -2), (d_out * out).sum(-1, keepdims=True)
     d_s = p * (d_p - delta + d_lse)
+    d_sink = None if sink is None else (np.exp(sink - lse) * (d_lse - delta)).sum((0, 2, 3))
     results = Results(
         out,
         lse,
         rounded(scale * (d_s @ k)),
-        rounded(scale * (d_s.swapaxes(-1, -2) @ q)),
-        rounded(p.swapaxes(-1, -2) @ d_out),
+        rounded(of_key_heads(scale * (d_s.swapaxes(-1, -2) @ q))),
+        rounded(of_key_heads(p.swapaxes(-1, -2) @ d_out)),
+        d_sink,
     )
 
     score_sizes = abs(scale) * (abs(q) @ abs(k).swapaxes(-1, -2))
@@ -97,22 +127,28 @@ def attention(inputs, mask, precision=np.float64, rounded=lambda x: x):
         weight_sizes @ abs(v),
         np.where(some, score_sizes.max(-1, keepdims=True, initial=0) + abs(lse), 0),
         abs(scale) * (terms @ abs(k)),
-        abs(scale) * (terms.swapaxes(-1, -2) @ abs(q)),
-        weight_sizes.swapaxes(-1, -2) @ abs(d_out),
+        of_key_heads(abs(scale) * (terms.swapaxes(-1, -2) @ abs(q))),
+        of_key_heads(weight_sizes.swapaxes(-1, -2) @ abs(d_out)),
+        None
+        if sink is None
+        else (np.exp(sink - lse) * (abs(d_lse) + (abs(d_out) * abs(out)).sum(-1, keepdims=True))).sum((0, 2, 3)),
     )
-    return _op_layout(results), Results(*(float(x.max(initial=0)) for x in sizes))
+    return _op_layout(results), Results(*(x if x is None else float(x.max(initial=0)) for x in sizes))
 
 
 def _op_layout(results):
-    out, lse, *grads = results
+    out, lse, *grads, d_sink = results
     out, *grads = (np.einsum("bhid->bihd", x) for x in (out, *grads))
-    return Results(out, lse[..., 0], *grads)
+    return Results(out, lse[..., 0], *grads, d_sink)
 
 
 def largest_errors(results, truth):
     """max |result - truth| of each; where the truth is infinite, the result must be the same infinity."""
     errors = []
     for name, result, true in zip(Results._fields, results, truth, strict=True):
+        if true is None:
+            errors.append(0.0)
+            continue
         result = result.astype(np.float64)
         assert result.shape == true.shape, name
         np.testing.assert_array_equal(np.isfinite(result), np.isfinite(true), err_msg=name)
@@ -136,7 +172,10 @@ def error_budgets(inputs, mask):
     yardstick = largest_errors(dense, truth)
     budgets = []
     for name, error, true, size in zip(Results._fields, yardstick, truth, sizes, strict=True):
+        if true is None:
+            budgets.append(0.0)
+            continue
         largest = abs(true[np.isfinite(true)]).max(initial=0)
-        rounding = 2.0**-24 if name == "log_sum_exp" else float(ml_dtypes.finfo(dtype).eps) / 2
+        rounding = 2.0**-24 if name in ("log_sum_exp", "sink_grad") else float(ml_dtypes.finfo(dtype).eps) / 2
         budgets.append(2 * error + rounding * largest + ULPS * 2.0**-24 * size)
     return truth, Results(*budgets)

@@ -98,15 +98,19 @@ int64_t Rows(const stf_problem& p) { return p.batch * p.positions * p.heads; }
 // Items of whole sequences are short and neighbours share pages of memory: a worker takes several. Tiles take turns: one at a time.
 int64_t Chunk(const Schedule& schedule) { return schedule.whole_only() ? 8 : 1; }
 
-bool Convert(const Kernels& kernels, const stf_problem& p, const stf_tensor& from, int64_t depth, const stf_tensor& to,
+// Float sums of all heads to a gradient of `heads`: those of heads that share one are added, in their order, into the first's.
+bool Convert(const Kernels& kernels, const stf_problem& p, const stf_tensor& from, int64_t depth, const stf_tensor& to, int64_t heads,
              const stf_parallel* parallel) {
   return ForEach(parallel, p.batch * p.positions, 64, 0, [&](int64_t index, char*) {
-    const int64_t batch = index / p.positions, position = index % p.positions;
-    for (int64_t head = 0; head < p.heads; head++) {
-      const float* row =
-          static_cast<const float*>(from.data) + batch * from.batch_stride + position * from.position_stride + head * from.head_stride;
-      kernels.convert(row, p.dtype, depth,
-                      static_cast<uint16_t*>(to.data) + batch * to.batch_stride + position * to.position_stride + head * to.head_stride);
+    const int64_t batch = index / p.positions, position = index % p.positions, shared = p.heads / heads;
+    for (int64_t head = 0; head < heads; head++) {
+      float* row =
+          static_cast<float*>(from.data) + batch * from.batch_stride + position * from.position_stride + head * shared * from.head_stride;
+      for (int64_t other = 1; other < shared; other++) {
+        for (int64_t d = 0; d < depth; d++) row[d] += row[other * from.head_stride + d];
+      }
+      const int64_t element = batch * to.batch_stride + position * to.position_stride + head * to.head_stride;
+      kernels.convert(row, p.dtype, depth, static_cast<char*>(to.data) + element * (p.dtype == STF_FLOAT32 ? 4 : 2));
     }
   });
 }
@@ -182,20 +186,26 @@ int stf_attention_cpu_backward(const stf_problem* problem, const stf_tensor* que
                       *query_grad, *key_grad,    *value_grad,
                       *query_grad, *key_grad,    *value_grad};
     Memory<float> query_sum, key_sum, value_sum;
-    if (p.dtype != STF_FLOAT32) {
-      const bool several = schedule.phases().size() > 1, shared = several || !schedule.whole_only();
+    const int64_t key_heads = p.key_heads ? p.key_heads : p.heads;
+    const bool halves = p.dtype != STF_FLOAT32, several = schedule.phases().size() > 1;
+    if (halves) {
       if (several) query_sum = Allocate<float>(Rows(p) * p.key_depth * sizeof(float));
-      if (shared) key_sum = Allocate<float>(Rows(p) * p.key_depth * sizeof(float));
-      if (shared) value_sum = Allocate<float>(Rows(p) * p.value_depth * sizeof(float));
-      if ((several && !query_sum) || (shared && (!key_sum || !value_sum))) return 1;
+      if (several && !query_sum) return 1;
       args.query_sum = Contiguous(p, query_sum.get(), p.key_depth);
+    }
+    if (key_heads < p.heads || (halves && (several || !schedule.whole_only()))) {
+      key_sum = Allocate<float>(Rows(p) * p.key_depth * sizeof(float));
+      value_sum = Allocate<float>(Rows(p) * p.value_depth * sizeof(float));
+      if (!key_sum || !value_sum) return 1;
+    }
+    if (halves || key_sum) {
       args.key_sum = Contiguous(p, key_sum.get(), p.key_depth);
       args.value_sum = Contiguous(p, value_sum.get(), p.value_depth);
     }
     if (!Backward(kernels, args, schedule, parallel)) return 1;
-    if (query_sum && !Convert(kernels, p, args.query_sum, p.key_depth, *query_grad, parallel)) return 1;
-    if (key_sum && !Convert(kernels, p, args.key_sum, p.key_depth, *key_grad, parallel)) return 1;
-    if (value_sum && !Convert(kernels, p, args.value_sum, p.value_depth, *value_grad, parallel)) return 1;
+    if (query_sum && !Convert(kernels, p, args.query_sum, p.key_depth, *query_grad, p.heads, parallel)) return 1;
+    if (key_sum && !Convert(kernels, p, args.key_sum, p.key_depth, *key_grad, key_heads, parallel)) return 1;
+    if (value_sum && !Convert(kernels, p, args.value_sum, p.value_depth, *value_grad, key_heads, parallel)) return 1;
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -32,13 +32,18 @@ struct ForwardScratch {
   }
 };
 
-// Rows of queries past the length: no key, so output 0 and log-sum-exp -infinity.
+// A head's score without a value, or -infinity: the log-sum-exp of a query without a key.
+inline float SinkOf(const Arguments& args, const Item& item) {
+  return args.problem->sinks ? args.problem->sinks[item.head] : -__builtin_inff();
+}
+
+// Rows of queries past the length: no key, so output 0.
 inline void ForwardUnused(const Arguments& args, const Item& item, int64_t begin, int64_t end) {
   const stf_problem& p = *args.problem;
   for (int64_t m = begin; m < end; m++) {
     const int64_t position = item.sequence + m * item.pass->stride;
     __builtin_memset(Element(args.output, p.dtype, item.batch, position, item.head), 0, p.value_depth * ElementSize(p.dtype));
-    args.log_sum_exp[(item.batch * p.heads + item.head) * p.positions + position] = -__builtin_inff();
+    args.log_sum_exp[(item.batch * p.heads + item.head) * p.positions + position] = SinkOf(args, item);
   }
 }
 
@@ -100,6 +105,7 @@ inline void ForwardTile(const Arguments& args, const Item& item, const View& vie
   state.Clear();
   if (item.pass->first) {
     Fill(s.output, lanes * value_row, 0);
+    if (p.sinks) state.Begin(SinkOf(args, item));
   } else {
     Continue(args, item, view, first, lanes, s.output, &state);
   }

@@ -28,6 +28,7 @@ struct Pass {
 // One piece of work: some query tiles of one sequence of one head of one batch row.
 struct Item {
   int64_t batch, head, sequence;
+  int64_t key_head;  // of keys and values
   int64_t tile_begin, tile_end;
   const Pass* pass;
   bool whole;  // the whole sequence: keys and their gradients are kept in the worker's scratch
@@ -46,7 +47,7 @@ struct Arguments {
   stf_tensor output_grad;  // from here on: backward
   const float* log_sum_exp_grad;
   stf_tensor query_grad, key_grad, value_grad;
-  stf_tensor query_sum, key_sum, value_sum;  // float32: the gradients while they are summed, or the gradients themselves
+  stf_tensor query_sum, key_sum, value_sum;  // float32, of all heads: the gradients while they are summed, or the gradients themselves
 };
 
 // The kernels of one instruction set.

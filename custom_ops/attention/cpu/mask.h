@@ -42,10 +42,13 @@ inline bool SameColumn(const stf_problem& problem, const stf_component& c, int64
   return true;
 }
 
+// Whether rows and columns of a layout's blocks begin at multiples of their size: then a segment keeps to columns that rows use alike.
+inline bool ByColumns(const View& view, const stf_component& c) { return c.kind == STF_BLOCKS && !(view.documents && Restarts(c)); }
+
 // Moves a block layout's cursor over columns of blocks that no row of the tile uses.
-inline void SkipEmpty(const stf_problem& problem, int64_t first, int64_t last, Cursor* cursor) {
+inline void SkipEmpty(const stf_problem& problem, const View& view, int64_t first, int64_t last, Cursor* cursor) {
   const stf_component& c = *cursor->component;
-  if (c.kind != STF_BLOCKS) return;
+  if (!ByColumns(view, c)) return;
   while (!cursor->Done()) {
     const int64_t column = cursor->next / c.a;
     for (int64_t row = first / c.a; row <= last / c.a; row++) {
@@ -56,16 +59,16 @@ inline void SkipEmpty(const stf_problem& problem, int64_t first, int64_t last, C
 }
 
 // The cursor of queries first ... last (both in the sequence).
-inline Cursor Begin(const stf_problem& problem, const stf_component& c, int64_t first, int64_t last) {
-  Cursor cursor = {&c, KeysOf(c, first).low, KeysOf(c, last).high};
-  SkipEmpty(problem, first, last, &cursor);
+inline Cursor Begin(const stf_problem& problem, const View& view, const stf_component& c, int64_t first, int64_t last) {
+  Cursor cursor = {&c, KeysOf(c, view, first).low, KeysOf(c, view, last).high};
+  SkipEmpty(problem, view, first, last, &cursor);
   return cursor;
 }
 
-inline Segment Take(const stf_problem& problem, int64_t first, int64_t last, Cursor* cursor) {
+inline Segment Take(const stf_problem& problem, const View& view, int64_t first, int64_t last, Cursor* cursor) {
   const stf_component& c = *cursor->component;
   int64_t end = Least(cursor->next + kKeys, cursor->end);
-  if (c.kind == STF_BLOCKS) {  // as many columns of blocks as the tile's rows use alike
+  if (ByColumns(view, c)) {  // as many columns of blocks as the tile's rows use alike
     const int64_t column = cursor->next / c.a;
     int64_t run = column + 1;
     while (run * c.a < end && SameColumn(problem, c, first / c.a, last / c.a, column, run)) run++;
@@ -73,7 +76,7 @@ inline Segment Take(const stf_problem& problem, int64_t first, int64_t last, Cur
   }
   const Segment segment = {&c, cursor->next, static_cast<int>(end - cursor->next)};
   cursor->next = end;
-  SkipEmpty(problem, first, last, cursor);
+  SkipEmpty(problem, view, first, last, cursor);
   return segment;
 }
 
@@ -88,28 +91,38 @@ struct SegmentMask {
   bool cut[kKeys / kGranule];         // whether the 16 keys need the mask
   int32_t low[kLanes], high[kLanes];  // each lane's interval, counted from the segment's begin
   bool excludes;                      // whether `left_out` matters
-  uint64_t left_out[kKeys];           // a bit for each lane: pairs of an earlier component
+  uint64_t left_out[kKeys];           // a bit for each lane: pairs of an earlier component, or not of this one's set
 };
 
-inline void FindExcluded(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int lanes, const Segment& segment,
-                         SegmentMask* mask) {
+// Leaves out the pairs of a segment that component `of` covers, or, where `inverted`, those that it does not.
+inline void LeaveOut(const stf_problem& problem, const View& view, int64_t first, int lanes, const Segment& segment,
+                     const stf_component& of, bool inverted, SegmentMask* mask) {
+  const stf_component& c = *segment.component;
+  if (!mask->excludes) {
+    for (int t = 0; t < kKeys; t++) mask->left_out[t] = 0;
+  }
+  mask->excludes = true;
+  for (int t = 0; t < segment.count; t++) {
+    const int64_t j = KeyPosition(c, view, segment.begin + t);
+    for (int lane = 0; lane < lanes; lane++) {
+      const int64_t i = view.Position(first + lane), origin = view.Origin(i);
+      if (j > i || j < origin) continue;  // no pair anyway
+      if (Covers(problem.layouts, of, i, j, origin) != inverted) mask->left_out[t] |= uint64_t{1} << lane;
+    }
+  }
+}
+
+inline void FindLeftOut(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int lanes, const Segment& segment,
+                        SegmentMask* mask) {
   const stf_component& c = *segment.component;
   mask->excludes = false;
+  if (Irregular(c) && !ByColumns(view, c)) LeaveOut(problem, view, first, lanes, segment, c, true, mask);
+  if (c.exclude == 0) return;
   const int64_t i0 = view.Position(first), i1 = view.Position(first + lanes - 1);
   const int64_t j0 = KeyPosition(c, view, segment.begin), j1 = KeyPosition(c, view, segment.begin + segment.count - 1);
   for (int e = 0; e < 63 && (c.exclude >> e) != 0; e++) {
     if (!((c.exclude >> e) & 1) || !MayCover(pass.program[e], i0, i1, j0, j1)) continue;
-    if (!mask->excludes) {
-      for (int t = 0; t < kKeys; t++) mask->left_out[t] = 0;
-    }
-    mask->excludes = true;
-    for (int t = 0; t < segment.count; t++) {
-      const int64_t j = KeyPosition(c, view, segment.begin + t);
-      for (int lane = 0; lane < lanes; lane++) {
-        const int64_t i = view.Position(first + lane);
-        if (j <= i && Covers(problem.layouts, pass.program[e], i, j)) mask->left_out[t] |= uint64_t{1} << lane;
-      }
-    }
+    LeaveOut(problem, view, first, lanes, segment, pass.program[e], false, mask);
   }
 }
 
@@ -119,13 +132,9 @@ inline void FindMask(const stf_problem& problem, const Pass& pass, const View& v
   const stf_component& c = *segment.component;
   const int64_t last = first + lanes - 1;
   const int granules = (lanes + kGranule - 1) / kGranule, blocks = (segment.count + kGranule - 1) / kGranule;
-  if (c.exclude != 0) {
-    FindExcluded(problem, pass, view, first, lanes, segment, mask);
-  } else {
-    mask->excludes = false;
-  }
-  if (c.kind != STF_BLOCKS && !mask->excludes && KeysOf(c, last).low <= segment.begin &&
-      KeysOf(c, first).high >= segment.begin + segment.count) {
+  FindLeftOut(problem, pass, view, first, lanes, segment, mask);
+  if (!ByColumns(view, c) && !mask->excludes && KeysOf(c, view, last).low <= segment.begin &&
+      KeysOf(c, view, first).high >= segment.begin + segment.count) {
     mask->strips[0] = {0, segment.count, 0, granules};
     mask->strip_count = 1;
     for (int b = 0; b < blocks; b++) mask->cut[b] = false;
@@ -133,8 +142,8 @@ inline void FindMask(const stf_problem& problem, const Pass& pass, const View& v
   }
   for (int lane = 0; lane < granules * kGranule; lane++) {
     const int64_t m = first + (lane < lanes ? lane : lanes - 1);
-    Interval keys = KeysOf(c, m);
-    if (c.kind == STF_BLOCKS && !LayoutBit(problem.layouts, c, m / c.a, segment.begin / c.a)) keys.high = 0;
+    Interval keys = KeysOf(c, view, m);
+    if (ByColumns(view, c) && !LayoutBit(problem.layouts, c, m / c.a, segment.begin / c.a)) keys.high = 0;
     const int64_t high = Most(0, Least(segment.count, keys.high - segment.begin));
     mask->low[lane] = static_cast<int32_t>(Most(0, Least(high, keys.low - segment.begin)));
     mask->high[lane] = static_cast<int32_t>(high);

@@ -76,6 +76,7 @@ Item Schedule::ItemAt(const Phase& phase, int64_t index, bool heaviest_first, in
   index /= heads;
   Item item = {};
   item.head = c->heads[head];
+  item.key_head = problem_.key_heads ? item.head * problem_.key_heads / problem_.heads : item.head;
   item.pass = c->passes[head];
   item.whole = c->whole;
   if (c->whole) {

@@ -23,6 +23,14 @@ struct SoftmaxState {
       rescale[lane] = 1;
     }
   }
+
+  // Begins with a score that has no value.
+  void Begin(float sink) {
+    for (int lane = 0; lane < kLanes; lane++) {
+      top[lane] = sink;
+      sum[lane] = 1;
+    }
+  }
 };
 
 inline bool Touches(const Strip& strip, int lane) { return strip.granule_begin * kGranule <= lane && lane < strip.granule_end * kGranule; }

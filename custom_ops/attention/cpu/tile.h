@@ -30,7 +30,8 @@ inline View ViewOf(const Arguments& args, const Item& item) {
   const stf_problem& problem = *args.problem;
   const int64_t positions = problem.lengths ? problem.lengths[item.batch] : problem.positions;
   const int64_t stride = item.pass->stride;
-  return {item.sequence, stride, item.sequence < positions ? (positions - item.sequence + stride - 1) / stride : 0};
+  const int64_t count = item.sequence < positions ? (positions - item.sequence + stride - 1) / stride : 0;
+  return {item.sequence, stride, count, problem.documents ? problem.documents + 2 * item.batch * problem.positions : nullptr};
 }
 
 // Queries of the item's sequence, in use or not.
@@ -56,8 +57,8 @@ struct KeyReader {
     const int64_t key_row = Padded(p.key_depth), value_row = Padded(p.value_depth);
     for (int64_t t = 0; t < count; t++) {
       const int64_t position = KeyPosition(c, view, begin + t);
-      const char* key_from = Element(args.key, p.dtype, item.batch, position, item.head);
-      const char* value_from = Element(args.value, p.dtype, item.batch, position, item.head);
+      const char* key_from = Element(args.key, p.dtype, item.batch, position, item.key_head);
+      const char* value_from = Element(args.value, p.dtype, item.batch, position, item.key_head);
       if (whole) {
         PrefetchNext(key_from, p.key_depth * ElementSize(p.dtype));
         PrefetchNext(value_from, p.value_depth * ElementSize(p.dtype));
@@ -73,9 +74,9 @@ struct KeyReader {
     const int64_t key_row = Padded(p.key_depth), value_row = Padded(p.value_depth);
     if (whole) return {key + segment.begin * key_row, value + segment.begin * value_row, key_row, value_row};
     if (p.dtype == STF_FLOAT32 && p.key_depth == key_row && p.value_depth == value_row && view.stride == 1 && c.kind != STF_SUMMARY) {
-      return {reinterpret_cast<const float*>(Element(args.key, p.dtype, item.batch, segment.begin, item.head)),
-              reinterpret_cast<const float*>(Element(args.value, p.dtype, item.batch, segment.begin, item.head)), args.key.position_stride,
-              args.value.position_stride};
+      return {reinterpret_cast<const float*>(Element(args.key, p.dtype, item.batch, segment.begin, item.key_head)),
+              reinterpret_cast<const float*>(Element(args.value, p.dtype, item.batch, segment.begin, item.key_head)),
+              args.key.position_stride, args.value.position_stride};
     }
     Read(args, item, c, view, segment.begin, segment.count);
     return {key, value, key_row, value_row};
@@ -89,7 +90,7 @@ class Walk {
  public:
   Walk(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int64_t last)
       : problem_(problem), pass_(pass), view_(view), first_(first), last_(last) {
-    for (int i = 0; i < pass.count; i++) cursors_[i] = Begin(problem, pass.program[pass.members[i]], first, last);
+    for (int i = 0; i < pass.count; i++) cursors_[i] = Begin(problem, view, pass.program[pass.members[i]], first, last);
   }
 
   // The first position of all keys still to come, or `otherwise` where there are none.
@@ -113,7 +114,7 @@ class Walk {
       }
     }
     if (best < 0) return false;
-    *segment = Take(problem_, first_, last_, &cursors_[best]);
+    *segment = Take(problem_, view_, first_, last_, &cursors_[best]);
     return true;
   }
 

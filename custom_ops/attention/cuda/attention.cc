@@ -20,13 +20,19 @@ bool Empty(const stf_problem& problem) { return problem.batch == 0 || problem.po
 bool Valid(const stf_problem& problem) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return problem.batch >= 0 && problem.batch < kMost && problem.positions >= 0 && problem.positions < kMost && problem.heads >= 0 &&
-         problem.heads < kMost && problem.key_depth > 0 && problem.value_depth > 0 && FindDepths(problem) >= 0 &&
-         (problem.programs > 0 || Empty(problem)) && problem.dtype >= STF_FLOAT32 && problem.dtype <= STF_FLOAT16;
+         problem.heads < kMost && problem.key_heads >= 0 && (problem.key_heads == 0 || problem.heads % problem.key_heads == 0) &&
+         problem.key_depth > 0 && problem.value_depth > 0 && FindDepths(problem) >= 0 && (problem.programs > 0 || Empty(problem)) &&
+         problem.dtype >= STF_FLOAT32 && problem.dtype <= STF_FLOAT16;
 }
+
+int Group(const stf_problem& problem) { return problem.key_heads ? static_cast<int>(problem.heads / problem.key_heads) : 1; }
 
 Arguments Common(const stf_problem& problem, std::initializer_list<const stf_tensor*> tensors) {
   Arguments args = {};
   args.lengths = problem.lengths;
+  args.documents = problem.documents;
+  args.sinks = problem.sinks;
+  args.group = Group(problem);
   args.layouts = problem.layouts;
   args.batch = static_cast<int32_t>(problem.batch);
   args.positions = static_cast<int32_t>(problem.positions);
@@ -54,13 +60,19 @@ bool NeedsPartial(const stf_problem& problem, bool backward) {
   return problem.dtype != STF_FLOAT32 && LaunchesOf(problem, backward) > (backward ? 1 : 2);
 }
 
-size_t DeltaBytes(size_t rows) { return (rows * sizeof(float) + 15) / 16 * 16; }
+size_t Rows(const stf_problem& problem) { return problem.batch * problem.heads * problem.positions; }
+size_t Padded(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// A float [B, T, H, depth] tensor at *memory, which is moved behind it.
-stf_tensor TakePartial(const stf_problem& problem, int64_t depth, float** memory) {
+// A [B, T, H, depth] tensor of elements of so many bytes at *memory, which is moved behind it.
+stf_tensor Take(const stf_problem& problem, int64_t depth, size_t element, char** memory) {
   const stf_tensor tensor = {*memory, problem.positions * problem.heads * depth, problem.heads * depth, depth};
-  *memory += problem.batch * tensor.batch_stride;
+  *memory += Padded(Rows(problem) * depth * element);
   return tensor;
+}
+
+// Bytes of such tensors, of a key's and a value's depth each.
+size_t TakenByKeysAndValues(const stf_problem& problem, size_t element) {
+  return Padded(Rows(problem) * problem.key_depth * element) + Padded(Rows(problem) * problem.value_depth * element);
 }
 
 // The machine for a call, with Hopper's kernels where they can do it.
@@ -74,13 +86,17 @@ int FindMachine(const stf_problem& problem, const Arguments& args, Machine* mach
 
 size_t stf_attention_cuda_forward_workspace(const stf_problem* problem) {
   if (!Valid(*problem) || Empty(*problem) || !NeedsPartial(*problem, false)) return 0;
-  return problem->batch * problem->heads * problem->positions * problem->value_depth * sizeof(float);
+  return Padded(Rows(*problem) * problem->value_depth * sizeof(float));
 }
 
 size_t stf_attention_cuda_backward_workspace(const stf_problem* problem) {
-  const size_t rows = problem->batch * problem->heads * problem->positions;
-  const bool partial = Valid(*problem) && !Empty(*problem) && NeedsPartial(*problem, true);
-  return DeltaBytes(rows) + (partial ? rows * (2 * problem->key_depth + problem->value_depth) * sizeof(float) : 0);
+  if (!Valid(*problem) || Empty(*problem)) return 0;
+  size_t bytes = Padded(Rows(*problem) * sizeof(float));
+  if (Group(*problem) > 1) bytes += TakenByKeysAndValues(*problem, ElementSize(*problem));
+  if (NeedsPartial(*problem, true)) {
+    bytes += Padded(Rows(*problem) * problem->key_depth * sizeof(float)) + TakenByKeysAndValues(*problem, sizeof(float));
+  }
+  return bytes;
 }
 
 int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* query, const stf_tensor* key, const stf_tensor* value,
@@ -94,8 +110,8 @@ int stf_attention_cuda_forward(const stf_problem* problem, const stf_tensor* que
   args.output = *output;
   args.log_sum_exp = log_sum_exp;
   if (NeedsPartial(*problem, false)) {
-    float* memory = static_cast<float*>(workspace);
-    args.output_partial = TakePartial(*problem, problem->value_depth, &memory);
+    char* memory = static_cast<char*>(workspace);
+    args.output_partial = Take(*problem, problem->value_depth, sizeof(float), &memory);
   }
   Machine machine;
   if (const int error = FindMachine(*problem, args, &machine)) return error;
@@ -119,19 +135,28 @@ int stf_attention_cuda_backward(const stf_problem* problem, const stf_tensor* qu
   args.query_grad = *query_grad;
   args.key_grad = *key_grad;
   args.value_grad = *value_grad;
-  args.delta = static_cast<float*>(workspace);
-  args.query_partial = *query_grad;
-  args.key_partial = *key_grad;
-  args.value_partial = *value_grad;
+  char* memory = static_cast<char*>(workspace);
+  args.delta = reinterpret_cast<float*>(memory);
+  memory += Padded(Rows(*problem) * sizeof(float));
+  if (args.group > 1) {  // each head's own, to be added
+    args.key_grad = Take(*problem, problem->key_depth, ElementSize(*problem), &memory);
+    args.value_grad = Take(*problem, problem->value_depth, ElementSize(*problem), &memory);
+  }
+  args.query_partial = args.query_grad;
+  args.key_partial = args.key_grad;
+  args.value_partial = args.value_grad;
   if (NeedsPartial(*problem, true)) {
-    float* memory = args.delta + DeltaBytes(problem->batch * problem->heads * problem->positions) / sizeof(float);
-    args.query_partial = TakePartial(*problem, problem->key_depth, &memory);
-    args.key_partial = TakePartial(*problem, problem->key_depth, &memory);
-    args.value_partial = TakePartial(*problem, problem->value_depth, &memory);
+    args.query_partial = Take(*problem, problem->key_depth, sizeof(float), &memory);
+    args.key_partial = Take(*problem, problem->key_depth, sizeof(float), &memory);
+    args.value_partial = Take(*problem, problem->value_depth, sizeof(float), &memory);
   }
   Machine machine;
   if (const int error = FindMachine(*problem, args, &machine)) return error;
-  return RunPlan(*problem, *PlanOf(*problem, machine, true), args, machine, stream);
+  const int error = RunPlan(*problem, *PlanOf(*problem, machine, true), args, machine, stream);
+  if (error != cudaSuccess || args.group == 1) return error;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t of_keys = SumGroups(*problem, args, args.key_grad, *key_grad, args.key_depth, cuda_stream);
+  return of_keys != cudaSuccess ? of_keys : SumGroups(*problem, args, args.value_grad, *value_grad, args.value_depth, cuda_stream);
 }
 
 const char* stf_attention_cuda_error(int error) {

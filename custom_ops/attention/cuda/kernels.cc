@@ -47,6 +47,13 @@ cudaError_t Run(const stf_problem& problem, Pass pass, const Arguments& args, co
   return RunDepths<__half>(depths, pass, args, launch, machine, stream);
 }
 
+cudaError_t SumGroups(const stf_problem& problem, const Arguments& args, const stf_tensor& from, const stf_tensor& to, int depth,
+                      cudaStream_t stream) {
+  if (problem.dtype == STF_FLOAT32) return SumGroups<float>(args, from, to, depth, stream);
+  if (problem.dtype == STF_BFLOAT16) return SumGroups<__nv_bfloat16>(args, from, to, depth, stream);
+  return SumGroups<__half>(args, from, to, depth, stream);
+}
+
 cudaError_t Allow(const void* kernel, int bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
   static std::mutex mutex;
@@ -72,7 +79,7 @@ bool SupportsSm90(const stf_problem& problem) {
     const stf_component& c = problem.components[t];
     // The copy engine writes to multiples of 128 bytes: two rows of depth 32. A launch's components are cut to the positions.
     const int64_t width = std::min(c.c, problem.positions) - std::min(c.b, problem.positions);
-    if (depths == 0 && c.kind == STF_SUMMARY && width % 2 != 0) return false;
+    if (depths == 0 && c.kind == STF_SUMMARY && c.a < problem.positions && width % 2 != 0) return false;
   }
   return true;
 }

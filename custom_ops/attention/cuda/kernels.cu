@@ -14,6 +14,10 @@ using Element = __half;
 
 template cudaError_t Run<Element, STF_DEPTHS>(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine,
                                               cudaStream_t stream);
+#if STF_DEPTHS == 0
+template cudaError_t SumGroups<Element>(const Arguments& args, const stf_tensor& from, const stf_tensor& to, int depth,
+                                        cudaStream_t stream);
+#endif
 
 }  // namespace cuda
 }  // namespace stf

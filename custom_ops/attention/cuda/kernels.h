@@ -24,7 +24,16 @@ cudaError_t Allow(const void* kernel, int bytes);
 template <typename T, int kIndex>
 cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream);
 
-// The same, for the dtype and depths of a problem.
+// Adds the heads' gradients of keys (or values) to those of the heads that share them: common/groups.cuh. Instantiated in kernels.cu for
+// each dtype.
+template <typename T>
+cudaError_t SumGroups(const Arguments& args, const stf_tensor& from, const stf_tensor& to, int depth, cudaStream_t stream);
+
+// The same, for the dtype of a problem.
+cudaError_t SumGroups(const stf_problem& problem, const Arguments& args, const stf_tensor& from, const stf_tensor& to, int depth,
+                      cudaStream_t stream);
+
+// Run, for the dtype and depths of a problem.
 cudaError_t Run(const stf_problem& problem, Pass pass, const Arguments& args, const Launch& launch, const Machine& machine,
                 cudaStream_t stream);
 

@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "custom_ops/attention/cuda/common/groups.cuh"
 #include "custom_ops/attention/cuda/kernels.h"
 #include "custom_ops/attention/cuda/sm80/backward.cuh"
 #include "custom_ops/attention/cuda/sm80/forward.cuh"
@@ -133,6 +134,18 @@ cudaError_t RunSm80(Pass pass, const Arguments& args, const Launch& launch, cuda
   } else {
     return backward(Sm80KeyGradKernel<T, kKeyDepth, kValueDepth, kWarps, kVisited, kStages, kBoth>);
   }
+}
+
+template <typename T>
+cudaError_t SumGroups(const Arguments& args, const stf_tensor& from, const stf_tensor& to, int depth, cudaStream_t stream) {
+  constexpr int kVector = 16 / sizeof(T);
+  const int heads = args.heads / args.group;
+  const int64_t count = int64_t{args.batch} * args.positions * heads * depth / (args.vector ? kVector : 1);
+  const int64_t blocks = (count + kGroupThreads - 1) / kGroupThreads, most = 1 << 20;
+  const auto kernel = args.vector ? SumGroupsKernel<T, kVector> : SumGroupsKernel<T, 1>;
+  kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), kGroupThreads, 0, stream>>>(from, to, args.group, heads, args.positions,
+                                                                                             depth, count);
+  return cudaGetLastError();
 }
 
 template <typename T, int kIndex>

@@ -74,7 +74,8 @@ class Planner {
     std::deque<PlannedPass> passes;
     for (const ComponentPass& from : PassesOf(components, Count(program))) {
       if (!from.strided) {
-        const bool block = from.members == 1 && components[0].kind == STF_OWN_BLOCK;  // and nothing else but strided ones
+        // Nothing else but strided ones, and blocks that are the same in every document.
+        const bool block = from.members == 1 && components[0].kind == STF_OWN_BLOCK && !(problem_.documents && Restarts(components[0]));
         const int64_t size = block ? std::min(components[0].a, positions) : positions;
         PlannedPass pass = {kForward, from.members, (positions + size - 1) / size, size, 1};
         if (block) Pack(components[0], size, backward, &pass);
@@ -120,7 +121,7 @@ class Planner {
   bool InOnePass(int32_t program, uint64_t members, int64_t length) const {
     if (!machine_.sm90 || members == 0 || (members & (members - 1)) != 0) return false;
     const stf_component& component = Components(program)[__builtin_ctzll(members)];
-    if (component.kind == STF_SUMMARY || component.kind == STF_BLOCKS || component.exclude != 0) return false;
+    if (component.kind == STF_SUMMARY || Irregular(component) || component.exclude != 0) return false;
     const Sm90BackwardTile tile = FindSm90BackwardTile(kDepths[depths_]);
     return tile.accumulators > 0 && Reach(component, length) <= tile.reach();
   }
@@ -192,6 +193,7 @@ class Planner {
     launch.key_write = pass.key_write;
     launch.packed_rows = pass.packed_rows;
     launch.sm90 = pass.sm90;
+    launch.general = problem_.documents != nullptr && pass.kind != kBackward;  // that one has documents anyway
     return launch;
   }
 
@@ -201,7 +203,7 @@ class Planner {
     for (int t = 0; t < count; t++) {
       const stf_component& from = Components(program)[t];
       launch->components[begin + t] = ComponentOf(from, problem_.positions);
-      if (pass.members >> t & 1 && (from.kind == STF_BLOCKS || from.exclude != 0)) launch->general = true;
+      if (pass.members >> t & 1 && (Irregular(from) || from.exclude != 0)) launch->general = true;
     }
     if (pass.sequence_stride > 1 && pass.packed_rows) {  // own blocks, seen as sequences
       launch->components[begin] = {STF_STRIDED, 1, 0, 0, 0, 0, static_cast<uint64_t>(Components(program)[0].exclude)};
@@ -298,7 +300,7 @@ std::shared_ptr<const Plan> PlanOf(const stf_problem& problem, const Machine& ma
   static Cache<Plan, 1024> plans;
   Key key;
   key.Add(problem.batch, problem.positions, problem.heads, int64_t{FindDepths(problem)}, problem.dtype, machine.memory)
-      .Add(machine.sm90, machine.multiprocessors, backward)
+      .Add(machine.sm90, machine.multiprocessors, backward, problem.documents != nullptr)
       .AddAll(problem.program_begin, problem.programs + 1)
       .AddAll(problem.components + problem.program_begin[0], problem.program_begin[problem.programs] - problem.program_begin[0]);
   std::shared_ptr<const Plan> plan;

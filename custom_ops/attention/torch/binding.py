@@ -48,6 +48,9 @@ class Problem(ctypes.Structure):
         ("components", ctypes.POINTER(Component)),
         ("layouts", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("documents", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("key_heads", ctypes.c_int64),
     ]
 
 
@@ -102,25 +105,28 @@ class Attention:
     """Attention of tensors like `query` [batch, position, head, depth] over a pattern, prepared once.
 
     Args:
-        query, value: tensors whose shapes, dtype and device count.
+        query, value: tensors whose shapes, dtype and device count; the value's heads may be fewer, and shared.
         pattern: a `stf.patterns.Pattern`.
         lengths: int32 tensor `[batch]` on the device, or None.
         scale: of the scores, or None.
+        documents: int32 tensor `[batch, position, 2]` on the device (`stf_problem` says what it holds), or None.
+        restart: whether the pattern is counted from each document's first position on.
+        sinks: float32 tensor `[head]` on the device, or None.
     """
 
-    def __init__(self, query, value, pattern, lengths=None, scale=None):
+    def __init__(self, query, value, pattern, lengths=None, scale=None, documents=None, restart=False, sinks=None):
         import_patterns()
         from stf.patterns import lower
 
         batch, positions, heads, depth = query.shape
-        program = lower(pattern, heads)
+        program = lower(pattern, heads, restart)
         records = program.components
         self._begin = (ctypes.c_int32 * len(program.program_begin))(*program.program_begin)
         self._components = (Component * (len(records) // 6))(
             *(Component(*records[i : i + 6]) for i in range(0, len(records), 6))
         )
         self._layouts = torch.tensor(list(program.layouts) or [0], dtype=torch.uint8, device=query.device)
-        self._lengths = lengths
+        self._kept = lengths, documents, sinks
         self._problem = Problem(
             batch,
             positions,
@@ -133,7 +139,8 @@ class Attention:
             self._begin,
             self._components,
             self._layouts.data_ptr(),
-            None if lengths is None else lengths.data_ptr(),
+            *(None if x is None else x.data_ptr() for x in (lengths, documents, sinks)),
+            value.shape[2],
         )
         size = load().stf_attention_cuda_backward_workspace(ctypes.byref(self._problem))
         self.workspace_bytes = size  # of a backward pass; a forward one needs none

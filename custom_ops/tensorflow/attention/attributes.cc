@@ -28,14 +28,14 @@ absl::Status CheckComponent(const stf_component& c, int index) {
   auto invalid = [index](const char* rule, const char* name, int64_t value) {
     return InvalidArgument("components: ", rule, ". Received: ", name, "=", value, " in component ", index);
   };
-  if (c.kind < STF_CAUSAL || c.kind > STF_BLOCKS) return invalid("kind must be from 0 to 5", "kind", c.kind);
+  if (c.kind < STF_CAUSAL || c.kind > STF_COLUMNS) return invalid("kind must be from 0 to 6", "kind", c.kind);
   if (c.kind != STF_CAUSAL && c.kind != STF_LOCAL && c.a < 1) return invalid("stride must be at least 1", "stride", c.a);
   if (c.kind == STF_LOCAL && c.a < 0) return invalid("window must be at least 0", "window", c.a);
   for (const int64_t parameter : {c.a, c.b, c.c, c.d}) {
     if (parameter < 0 || parameter > kLargest) return invalid("parameters must not be negative or huge", "parameter", parameter);
   }
   if (c.kind == STF_STRIDED && c.b > kLargest / c.a) return invalid("first distance must not be huge", "b", c.b);
-  if (c.kind == STF_SUMMARY) {
+  if (c.kind == STF_SUMMARY || c.kind == STF_COLUMNS) {
     if (c.c > c.a) return invalid("summary must not be larger than stride", "end column", c.c);
     if (c.b >= c.c) return invalid("summary must have a column", "begin column", c.b);
     if (c.d > 1) return invalid("d must be 0 or 1", "d", c.d);

@@ -33,7 +33,7 @@ const T* DataOrNull(const AnyBuffer& buffer) {
 
 // What a call's sizes and attributes describe. It points into the arguments.
 struct Sizes {
-  int64_t batch, positions, heads, key_depth, value_depth;
+  int64_t batch, positions, heads, key_depth, value_depth, key_heads;
 };
 
 inline stf_problem Describe(const Sizes& sizes, ffi::DataType type, const AnyBuffer& lengths, const AnyBuffer& layouts,
@@ -51,17 +51,20 @@ inline stf_problem Describe(const Sizes& sizes, ffi::DataType type, const AnyBuf
           begin.begin(),
           reinterpret_cast<const stf_component*>(components.begin()),
           DataOrNull<uint8_t>(layouts),
-          DataOrNull<int32_t>(lengths)};
+          DataOrNull<int32_t>(lengths),
+          nullptr,
+          nullptr,
+          sizes.key_heads};
 }
 
 inline Sizes SizesOf(const AnyBuffer& query, const AnyBuffer& value) {
   const auto sizes = query.dimensions();
-  return {sizes[0], sizes[1], sizes[2], sizes[3], value.dimensions()[3]};
+  return {sizes[0], sizes[1], sizes[2], sizes[3], value.dimensions()[3], value.dimensions()[2]};
 }
 
 inline Sizes SizesOfPacked(const AnyBuffer& packed, int64_t heads, int64_t key_depth) {
   const auto sizes = packed.dimensions();
-  return {sizes[0], sizes[1], heads, key_depth, sizes[2] / heads - 2 * key_depth};
+  return {sizes[0], sizes[1], heads, key_depth, sizes[2] / heads - 2 * key_depth, heads};
 }
 
 // Query, key and value, or their gradients, side by side in a buffer's rows.
@@ -98,18 +101,21 @@ struct Handlers {
   using Context = typename On::Context;
 
   static ffi::Error Forward(typename On::Argument context, AnyBuffer query, AnyBuffer key, AnyBuffer value, AnyBuffer lengths,
-                            AnyBuffer layouts, Result output, Result log_sum_exp, Result workspace, Components components,
-                            ProgramBegin begin, float scale) {
-    const stf_problem problem = Describe(SizesOf(query, value), query.element_type(), lengths, layouts, components, begin, scale);
+                            AnyBuffer layouts, AnyBuffer documents, AnyBuffer sinks, Result output, Result log_sum_exp, Result workspace,
+                            Components components, ProgramBegin begin, float scale) {
+    stf_problem problem = Describe(SizesOf(query, value), query.element_type(), lengths, layouts, components, begin, scale);
+    problem.documents = DataOrNull<int32_t>(documents);
+    problem.sinks = DataOrNull<float>(sinks);
     const stf_tensor inputs[] = {Strided(query), Strided(key), Strided(value)};
     return stf::Forward(On::Device(context), problem, inputs, *output, *log_sum_exp, *workspace);
   }
 
   static ffi::Error Backward(typename On::Argument context, AnyBuffer query, AnyBuffer key, AnyBuffer value, AnyBuffer lengths,
                              AnyBuffer layouts, AnyBuffer output, AnyBuffer log_sum_exp, AnyBuffer output_grad, AnyBuffer log_sum_exp_grad,
-                             Result query_grad, Result key_grad, Result value_grad, Result workspace, Components components,
-                             ProgramBegin begin, float scale) {
-    const stf_problem problem = Describe(SizesOf(query, value), query.element_type(), lengths, layouts, components, begin, scale);
+                             AnyBuffer documents, Result query_grad, Result key_grad, Result value_grad, Result workspace,
+                             Components components, ProgramBegin begin, float scale) {
+    stf_problem problem = Describe(SizesOf(query, value), query.element_type(), lengths, layouts, components, begin, scale);
+    problem.documents = DataOrNull<int32_t>(documents);
     const stf_tensor inputs[] = {Strided(query), Strided(key), Strided(value)};
     const stf_tensor grads[] = {Strided(*query_grad), Strided(*key_grad), Strided(*value_grad)};
     return stf::Backward(On::Device(context), problem, inputs, output, log_sum_exp, output_grad, DataOrNull<float>(log_sum_exp_grad), grads,
@@ -138,8 +144,8 @@ struct Handlers {
   }
 
   // Their signatures.
-  static auto BindForward() { return Program(Buffers<5, 3>()); }
-  static auto BindBackward() { return Program(Buffers<9, 4>()); }
+  static auto BindForward() { return Program(Buffers<7, 3>()); }
+  static auto BindBackward() { return Program(Buffers<10, 4>()); }
   static auto BindPackedForward() { return Program(Packing(Buffers<3, 3>())); }
   static auto BindPackedBackward() { return Program(Packing(Buffers<6, 2>())); }
 

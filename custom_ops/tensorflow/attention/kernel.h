@@ -57,16 +57,20 @@ class AttentionNode {
  public:
   static constexpr int kNone = -1;
 
-  absl::Status Init(tensorflow::OpKernelConstruction* context, bool packed) {
+  absl::Status Init(tensorflow::OpKernelConstruction* context, bool packed, bool gradient) {
     TF_RETURN_IF_ERROR(program_.Init(context));
     if (packed) TF_RETURN_IF_ERROR(packing_.Init(context));
     int next = packed ? 1 : 3;
     TF_RETURN_IF_ERROR(FindOptional(context, "num_lengths", &next, &lengths_));
     TF_RETURN_IF_ERROR(FindOptional(context, "num_layouts", &next, &layout_bits_));
-    if (next == context->num_inputs()) return absl::OkStatus();
-    output_ = next;
-    next += 3;
-    return packed ? absl::OkStatus() : FindOptional(context, "num_log_sum_exp_grads", &next, &log_sum_exp_grad_);
+    if (gradient) {
+      output_ = next;
+      next += 3;
+    }
+    if (packed) return absl::OkStatus();
+    if (gradient) TF_RETURN_IF_ERROR(FindOptional(context, "num_log_sum_exp_grads", &next, &log_sum_exp_grad_));
+    TF_RETURN_IF_ERROR(FindOptional(context, "num_documents", &next, &documents_));
+    return gradient ? absl::OkStatus() : FindOptional(context, "num_sinks", &next, &sinks_);
   }
 
   const Program& program() const { return program_; }
@@ -79,13 +83,16 @@ class AttentionNode {
   int log_sum_exp() const { return output_ + 1; }
   int output_grad() const { return output_ + 2; }
   int log_sum_exp_grad() const { return log_sum_exp_grad_; }
+  int documents() const { return documents_; }
+  int sinks() const { return sinks_; }
 
-  // The problem that inputs of these shapes describe, every shape checked. It points into this node; its lengths and layouts are left
-  // null.
+  // The problem that inputs of these shapes describe, every shape checked. It points into this node; what lies in the inputs'
+  // memory is left null.
   absl::Status Describe(const std::vector<tensorflow::TensorShape>& inputs, int32_t dtype, stf_problem* problem) const {
     using tensorflow::TensorShape;
     using tensorflow::errors::InvalidArgument;
     TensorShape query, value;
+    int64_t key_heads = packing_.heads;
     if (packing_.heads) {
       TF_RETURN_IF_ERROR(packing_.Unpack(inputs[0], &query, &value));
     } else {
@@ -96,8 +103,16 @@ class AttentionNode {
       }
       query = value = inputs[0];
       value.set_dim(3, inputs[2].dim_size(3));
-      TF_RETURN_IF_ERROR(CheckShape("key", inputs[1], query));
-      TF_RETURN_IF_ERROR(CheckShape("value", inputs[2], value));
+      key_heads = inputs[1].dim_size(2);
+      const int64_t heads = query.dim_size(2);
+      if (key_heads != heads && (key_heads == 0 || heads % key_heads != 0))
+        return InvalidArgument("key must have a number of heads that divides the query's, ", heads,
+                               ". Received: key=", inputs[1].DebugString());
+      TensorShape key = query, of_values = value;
+      key.set_dim(2, key_heads);
+      of_values.set_dim(2, key_heads);
+      TF_RETURN_IF_ERROR(CheckShape("key", inputs[1], key));
+      TF_RETURN_IF_ERROR(CheckShape("value", inputs[2], of_values));
     }
     const int64_t batch = query.dim_size(0), positions = query.dim_size(1), heads = query.dim_size(2);
     if (lengths_ != kNone && inputs[lengths_] != TensorShape({0})) TF_RETURN_IF_ERROR(CheckShape("lengths", inputs[lengths_], {batch}));
@@ -113,6 +128,8 @@ class AttentionNode {
       TF_RETURN_IF_ERROR(CheckShape("output_grad", inputs[output_grad()], value));
     }
     if (log_sum_exp_grad_ != kNone) TF_RETURN_IF_ERROR(CheckShape("log_sum_exp_grad", inputs[log_sum_exp_grad_], statistic));
+    if (documents_ != kNone) TF_RETURN_IF_ERROR(CheckShape("documents", inputs[documents_], {batch, positions, 2}));
+    if (sinks_ != kNone) TF_RETURN_IF_ERROR(CheckShape("sinks", inputs[sinks_], {heads}));
     *problem = {batch,
                 positions,
                 heads,
@@ -124,7 +141,10 @@ class AttentionNode {
                 program_.begin.data(),
                 program_.components.data(),
                 nullptr,
-                nullptr};
+                nullptr,
+                nullptr,
+                nullptr,
+                key_heads};
     return absl::OkStatus();
   }
 
@@ -140,7 +160,7 @@ class AttentionNode {
 
   Program program_;
   Packing packing_;
-  int lengths_ = kNone, layout_bits_ = kNone, output_ = kNone, log_sum_exp_grad_ = kNone;
+  int lengths_ = kNone, layout_bits_ = kNone, output_ = kNone, log_sum_exp_grad_ = kNone, documents_ = kNone, sinks_ = kNone;
 };
 
 inline stf_tensor Strided(const tensorflow::Tensor& tensor) {
@@ -153,7 +173,7 @@ template <typename T, bool kPacked, bool kGradient, typename On>
 class Attention : public tensorflow::OpKernel {
  public:
   explicit Attention(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, node_.Init(context, kPacked));
+    OP_REQUIRES_OK(context, node_.Init(context, kPacked, kGradient));
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {
@@ -197,6 +217,8 @@ class Attention : public tensorflow::OpKernel {
     TF_RETURN_IF_ERROR(node_.Describe(shapes, kDtype<T>, problem));
     problem->lengths = Data<int32_t>(context, node_.lengths());
     problem->layouts = Data<uint8_t>(context, node_.layout_bits());
+    problem->documents = Data<int32_t>(context, node_.documents());
+    problem->sinks = Data<float>(context, node_.sinks());
     return absl::OkStatus();
   }
 

@@ -13,7 +13,7 @@ using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
 struct Shapes {
-  ShapeHandle query, value, log_sum_exp;  // key is as query, output as value
+  ShapeHandle query, key, value, output, log_sum_exp;
 };
 
 absl::Status WithRank(InferenceContext* c, const char* name, ShapeHandle input, const char* axes, int rank, ShapeHandle* shape) {
@@ -60,6 +60,26 @@ absl::Status InferBatch(InferenceContext* c, DimensionHandle* batch) {
   return absl::OkStatus();
 }
 
+// That heads of key and value, where they are known, are as many and divide the query's.
+absl::Status CheckKeyHeads(InferenceContext* c, DimensionHandle heads, DimensionHandle key_heads) {
+  if (!c->ValueKnown(heads) || !c->ValueKnown(key_heads)) return absl::OkStatus();
+  const int64_t of_query = c->Value(heads), of_key = c->Value(key_heads);
+  if (of_key == of_query || (of_key > 0 && of_query % of_key == 0)) return absl::OkStatus();
+  return InvalidArgument("key must have a number of heads that divides the query's, ", of_query, ". Received: ", of_key, " heads");
+}
+
+// That `documents`, if given, are [batch, position, 2], and sinks, which the op itself takes, [head].
+absl::Status CheckDocumentsAndSinks(InferenceContext* c, ShapeHandle query, bool sinks) {
+  ShapeHandle documents = c->MakeShape({c->Dim(query, 0), c->Dim(query, 1), 2}), wanted = documents;
+  TF_RETURN_IF_ERROR(Optional(c, "documents", &documents));
+  TF_RETURN_IF_ERROR(Agree(c, "documents", documents, wanted, &documents));
+  if (!sinks) return absl::OkStatus();
+  ShapeHandle of_heads = c->Vector(c->Dim(query, 2));
+  wanted = of_heads;
+  TF_RETURN_IF_ERROR(Optional(c, "sinks", &of_heads));
+  return Agree(c, "sinks", of_heads, wanted, &of_heads);
+}
+
 // What query, key, value, lengths and layout_bits say of the shapes, each with what the others know of it.
 absl::Status InferShapes(InferenceContext* c, Shapes* shapes) {
   constexpr char kAxes[] = "[batch, position, head, depth]";
@@ -67,21 +87,26 @@ absl::Status InferShapes(InferenceContext* c, Shapes* shapes) {
   TF_RETURN_IF_ERROR(WithRank(c, "query", c->input(0), kAxes, 4, &query));
   TF_RETURN_IF_ERROR(WithRank(c, "key", c->input(1), kAxes, 4, &key));
   TF_RETURN_IF_ERROR(WithRank(c, "value", c->input(2), kAxes, 4, &value));
-  TF_RETURN_IF_ERROR(Agree(c, "key", key, query, &query));
-  TF_RETURN_IF_ERROR(Agree(c, "value", value, WithDepth(c, query, c->Dim(value, 3)), &value));
+  TF_RETURN_IF_ERROR(CheckKeyHeads(c, c->Dim(query, 2), c->Dim(key, 2)));
+  const ShapeHandle of_key = c->MakeShape({c->Dim(query, 0), c->Dim(query, 1), c->Dim(key, 2), c->Dim(query, 3)});
+  TF_RETURN_IF_ERROR(Agree(c, "key", key, of_key, &key));
+  TF_RETURN_IF_ERROR(Agree(c, "value", value, WithDepth(c, key, c->Dim(value, 3)), &value));
   DimensionHandle batch = c->Dim(value, 0);
   TF_RETURN_IF_ERROR(InferBatch(c, &batch));
-  TF_RETURN_IF_ERROR(c->ReplaceDim(value, 0, batch, &value));
-  shapes->query = WithDepth(c, value, c->Dim(query, 3));
-  shapes->value = value;
-  shapes->log_sum_exp = c->MakeShape({c->Dim(value, 0), c->Dim(value, 2), c->Dim(value, 1)});
+  const DimensionHandle positions = c->Dim(value, 1), heads = c->Dim(query, 2), key_depth = c->Dim(key, 3), depth = c->Dim(value, 3);
+  shapes->query = c->MakeShape({batch, positions, heads, key_depth});
+  shapes->key = c->MakeShape({batch, positions, c->Dim(key, 2), key_depth});
+  shapes->value = c->MakeShape({batch, positions, c->Dim(value, 2), depth});
+  shapes->output = c->MakeShape({batch, positions, heads, depth});
+  shapes->log_sum_exp = c->MakeShape({batch, heads, positions});
   return absl::OkStatus();
 }
 
 absl::Status ForwardShapes(InferenceContext* c) {
   Shapes shapes;
   TF_RETURN_IF_ERROR(InferShapes(c, &shapes));
-  c->set_output(0, shapes.value);
+  TF_RETURN_IF_ERROR(CheckDocumentsAndSinks(c, shapes.query, true));
+  c->set_output(0, shapes.output);
   c->set_output(1, shapes.log_sum_exp);
   return absl::OkStatus();
 }
@@ -89,7 +114,8 @@ absl::Status ForwardShapes(InferenceContext* c) {
 absl::Status GradientShapes(InferenceContext* c) {
   Shapes shapes;
   TF_RETURN_IF_ERROR(InferShapes(c, &shapes));
-  ShapeHandle output = shapes.value, statistic = shapes.log_sum_exp;
+  TF_RETURN_IF_ERROR(CheckDocumentsAndSinks(c, shapes.query, false));
+  ShapeHandle output = shapes.output, statistic = shapes.log_sum_exp;
   TF_RETURN_IF_ERROR(Agree(c, "output", Named(c, "output"), output, &output));
   TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp", Named(c, "log_sum_exp"), statistic, &statistic));
   TF_RETURN_IF_ERROR(Agree(c, "output_grad", Named(c, "output_grad"), output, &output));
@@ -97,7 +123,7 @@ absl::Status GradientShapes(InferenceContext* c) {
   TF_RETURN_IF_ERROR(Optional(c, "log_sum_exp_grad", &statistic_grad));
   TF_RETURN_IF_ERROR(Agree(c, "log_sum_exp_grad", statistic_grad, statistic, &statistic));
   c->set_output(0, shapes.query);
-  c->set_output(1, shapes.query);
+  c->set_output(1, shapes.key);
   c->set_output(2, shapes.value);
   return absl::OkStatus();
 }
@@ -150,6 +176,8 @@ REGISTER_OP("StfAttention")
     .Input("value: T")
     .Input("lengths: num_lengths * int32")
     .Input("layout_bits: num_layouts * uint8")
+    .Input("documents: num_documents * int32")
+    .Input("sinks: num_sinks * float")
     .Output("output: T")
     .Output("log_sum_exp: float")
     .Attr("T: {float, bfloat16, half}")
@@ -158,6 +186,8 @@ REGISTER_OP("StfAttention")
     .Attr("scale: float")
     .Attr("num_lengths: int >= 0 = 1")
     .Attr("num_layouts: int >= 0 = 0")
+    .Attr("num_documents: int >= 0 = 0")
+    .Attr("num_sinks: int >= 0 = 0")
     .Attr("constant_log_sum_exp: bool = false")
     .Attr("format: int = 1")
     .Attr("layouts: string = ''")
@@ -166,12 +196,14 @@ REGISTER_OP("StfAttention")
 Scaled dot-product attention over the pairs of a sparse causal pattern.
 
 query: [batch, position, head, key_depth].
-key: as query.
-value: [batch, position, head, value_depth].
+key: [batch, position, key_head, key_depth]; the number of key heads divides that of heads. Each is that of as many heads, one after another.
+value: [batch, position, key_head, value_depth].
 lengths: [batch] positions in use of each sequence, or none: all are.
 layout_bits: bits of the block layouts, least significant first; none where the pattern has none.
+documents: [batch, position, 2]: of each position the first that it may attend to, and the one behind the last that may attend to it. Both never fall. None: a sequence is one document.
+sinks: [head] a score in every softmax of a head that has no value, or none.
 output: [batch, position, head, value_depth]; 0 where a query attends to nothing.
-log_sum_exp: [batch, head, position], natural logarithm; -infinity where a query attends to nothing.
+log_sum_exp: [batch, head, position], natural logarithm, the sink's score among the others; -infinity where there is none.
 components: records of six integers: kind, a, b, c, d, exclude (see stf_component).
 program_begin: from 0, never falling, to the number of records: head h runs records program_begin[p] ... program_begin[p + 1] - 1, p = h mod (size - 1).
 scale: factor of the scores.
@@ -190,6 +222,7 @@ REGISTER_OP("StfAttentionGrad")
     .Input("log_sum_exp: float")
     .Input("output_grad: T")
     .Input("log_sum_exp_grad: num_log_sum_exp_grads * float")
+    .Input("documents: num_documents * int32")
     .Output("query_grad: T")
     .Output("key_grad: T")
     .Output("value_grad: T")
@@ -200,6 +233,7 @@ REGISTER_OP("StfAttentionGrad")
     .Attr("num_lengths: int >= 0 = 1")
     .Attr("num_layouts: int >= 0 = 0")
     .Attr("num_log_sum_exp_grads: int >= 0 = 1")
+    .Attr("num_documents: int >= 0 = 0")
     .Attr("format: int = 1")
     .Attr("layouts: string = ''")
     .SetShapeFn(GradientShapes)
@@ -210,6 +244,7 @@ output: of StfAttention.
 log_sum_exp: of StfAttention.
 output_grad: gradient with respect to output.
 log_sum_exp_grad: gradient with respect to log_sum_exp, or none: it is 0.
+documents: of StfAttention. Its sinks are in log_sum_exp.
 query_grad: gradient with respect to query.
 key_grad: gradient with respect to key.
 value_grad: gradient with respect to value.

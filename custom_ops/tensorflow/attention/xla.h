@@ -31,7 +31,7 @@ template <bool kGradient, bool kPacked, typename Device>
 class AttentionXla : public tensorflow::XlaOpKernel {
  public:
   explicit AttentionXla(tensorflow::OpKernelConstruction* context) : XlaOpKernel(context) {
-    OP_REQUIRES_OK(context, node_.Init(context, kPacked));
+    OP_REQUIRES_OK(context, node_.Init(context, kPacked, kGradient));
   }
 
   // The handlers (ffi.h) take every operand: what the node lacks goes to them with no element.
@@ -44,7 +44,7 @@ class AttentionXla : public tensorflow::XlaOpKernel {
       OP_REQUIRES_OK(context, shape.status());
       xla_shapes.push_back(*shape);
     }
-    stf_problem problem;
+    stf_problem problem;  // with null for what lies in the inputs' memory
     const xla::PrimitiveType type = xla_shapes[0].element_type();
     const int32_t dtype = type == xla::F32 ? STF_FLOAT32 : type == xla::BF16 ? STF_BFLOAT16 : STF_FLOAT16;
     OP_REQUIRES_OK(context, node_.Describe(shapes, dtype, &problem));
@@ -69,6 +69,8 @@ class AttentionXla : public tensorflow::XlaOpKernel {
       for (const int input : {node_.output(), node_.log_sum_exp(), node_.output_grad()}) add(input);
       if (!kPacked) add_optional(node_.log_sum_exp_grad(), xla::F32);
     }
+    if (!kPacked) add_optional(node_.documents(), xla::S32);
+    if (!kPacked && !kGradient) add_optional(node_.sinks(), xla::F32);
 
     std::vector<xla::Shape> results;
     if (kGradient) {

@@ -47,6 +47,9 @@ inline Component ComponentOf(const stf_component& from, int64_t positions) {
   return c;
 }
 
+// Whether a component's keys lie apart in memory: a summary's, but for one of a single block.
+STF_SETS bool IsScattered(const Component& c, int32_t positions) { return c.kind == STF_SUMMARY && c.a < positions; }
+
 struct Arguments {
   stf_tensor query, key, value, output;
   stf_tensor output_partial;  // float: the output between launches; null: `output` holds it, rounded
@@ -57,8 +60,11 @@ struct Arguments {
   stf_tensor query_partial, key_partial, value_partial;  // float: gradients between launches
   float* delta;                                          // [B, H, T]: sum of output * output_grad over depth, less log_sum_exp_grad
   const int32_t* lengths;                                // [B] or null
+  const int32_t* documents;                              // [B, T, 2] or null
+  const float* sinks;                                    // [H] or null
   const uint8_t* layouts;
   int32_t batch, positions, heads, key_depth, value_depth;
+  int32_t group;  // heads that share a key's and a value's
   float scale;
   bool vector;  // whether rows may be read and written 16 bytes at a time
 };
@@ -80,7 +86,7 @@ struct Launch {
   bool key_write;       // whether the keys' gradients are written: last, or the last that has some of the keys
   bool sm90;            // whether its kernels are those of Hopper (sm90/)
   bool together;        // whether a sequence's tiles follow one another
-  bool general;         // whether some component is a block layout or leaves out others
+  bool general;         // whether some component is a block layout or leaves out others, or there are documents
   int32_t run;          // sm90, backward in one pass: blocks of kBackwardKeys keys of a tile, of which `tiles` counts
   int32_t packed_rows;  // packed: rows of a tile that a sequence takes; sm90: as many as it is long
   int64_t work_tiles;   // sm90: tiles of rows in all

@@ -51,7 +51,7 @@ struct OutputRows {
   // Begins an online softmax where earlier launches left it.
   template <typename Softmax>
   __device__ void Continue(Softmax* softmax, const Arguments& args, bool vector) const {
-    softmax->Start();
+    Clear(softmax->sum);
     if constexpr (kPartial) {
       EachPartial<T, kDepth>(softmax->sum, partial, args.value_depth, vector, [](float2& x, float2& y) { x = y; });
     } else {

@@ -8,7 +8,7 @@ namespace stf {
 namespace cuda {
 
 struct TileIndex {
-  int batch, head, program, sequence, tile;
+  int batch, head, key_head, program, sequence, tile;  // key_head: of keys and values
   Head components;
 };
 
@@ -33,6 +33,7 @@ __device__ inline bool FindTile(const Arguments& args, const Launch& launch, int
   if (last_first) work->tile = launch.tiles - 1 - work->tile;
   work->program = program;
   work->head = launch.number[program] + slot / launch.programs * launch.period;
+  work->key_head = args.group == 1 ? work->head : work->head / args.group;
   work->components = {launch.components + launch.begin[program], launch.members[program]};
   return work->head < args.heads;
 }
@@ -54,8 +55,13 @@ __device__ inline int CountKeys(const Launch& launch, const Component& c, int se
   return blocks * width + min(width, max(0, end - blocks * c.a - c.b));
 }
 
+// A batch row's documents, or null.
+__device__ inline const int32_t* DocumentsOf(const Arguments& args, int batch) {
+  return args.documents ? args.documents + int64_t{2} * batch * args.positions : nullptr;
+}
+
 __device__ inline View FindView(const Arguments& args, const Launch& launch, int sequence, int batch) {
-  return {sequence * launch.sequence_stride, launch.stride, CountBelow(launch, sequence, Length(args, batch))};
+  return {sequence * launch.sequence_stride, launch.stride, CountBelow(launch, sequence, Length(args, batch)), DocumentsOf(args, batch)};
 }
 
 __device__ inline int64_t StatisticsBase(const Arguments& args, int batch, int head) {

@@ -14,17 +14,17 @@ using stf::QueriesOf;
 
 // Of several queries at once: the component's kind is looked at once.
 template <int kCount>
-__device__ inline void KeysOf(const Component& c, const int (&queries)[kCount], Interval (&keys)[kCount]) {
-  VisitKeysOf(c, [&](auto keys_of) {
+__device__ inline void KeysOf(const Component& c, const View& view, const int (&queries)[kCount], Interval (&keys)[kCount]) {
+  VisitKeysOf(c, view, [&](auto keys_of) {
 #pragma unroll
     for (int i = 0; i < kCount; i++) keys[i] = keys_of(queries[i]);
   });
 }
 
-// Of several keys at once, as above; `count` queries are in use.
+// Of several keys at once, as above.
 template <int kCount>
-__device__ inline void QueriesOf(const Component& c, const int (&keys)[kCount], int count, Interval (&queries)[kCount]) {
-  VisitQueriesOf(c, count, [&](auto queries_of) {
+__device__ inline void QueriesOf(const Component& c, const View& view, const int (&keys)[kCount], Interval (&queries)[kCount]) {
+  VisitQueriesOf(c, view, [&](auto queries_of) {
 #pragma unroll
     for (int i = 0; i < kCount; i++) queries[i] = queries_of(keys[i]);
   });
@@ -40,16 +40,17 @@ struct Head {
 __device__ inline bool Extra(const uint8_t* layouts, const Head& head, const Component& c, const View& view, int m, int t) {
   const int i = view.Position(m), j = KeyPosition(c, view, t);
   if (j > i) return false;
-  if (c.kind == STF_BLOCKS && !LayoutBit(layouts, c, i / c.a, j / c.a)) return false;
+  const int origin = view.Origin(i);
+  if (Irregular(c) && !Covers(layouts, c, i, j, origin)) return false;
   for (uint64_t left = c.exclude; left; left &= left - 1) {
-    if (Covers(layouts, head.components[__ffsll(left) - 1], i, j)) return false;
+    if (Covers(layouts, head.components[__ffsll(left) - 1], i, j, origin)) return false;
   }
   return true;
 }
 
 // Whether pairs of queries [m0, m1] and keys [t0, t1] need `Extra` at all.
 __device__ inline bool NeedsExtra(const Head& head, const Component& c, const View& view, int m0, int m1, int t0, int t1) {
-  if (c.kind == STF_BLOCKS) return true;
+  if (Irregular(c)) return true;
   if (!c.exclude) return false;
   const int i0 = view.Position(m0), i1 = view.Position(m1), j0 = KeyPosition(c, view, t0), j1 = KeyPosition(c, view, t1);
   for (uint64_t left = c.exclude; left; left &= left - 1) {
@@ -66,6 +67,20 @@ __device__ inline bool AnyBit(const uint8_t* layouts, const Component& c, int i0
     any = any || LayoutBit(layouts, c, row + x / columns, column + x % columns);
   }
   return __any_sync(~0u, any);
+}
+
+// Whether an irregular component may have a pair of queries [i0, i1] and keys [j0, j1], whose intervals meet. For a whole warp.
+__device__ inline bool AnyPair(const uint8_t* layouts, const Component& c, const View& view, int i0, int i1, int j0, int j1) {
+  int origin = 0;
+  if (Restarts(c)) {
+    origin = view.Origin(i0);
+    if (origin > i0 || view.Origin(i1) != origin) return true;  // of several documents, or of none
+    j0 = max(j0, origin);
+    if (j1 < j0) return false;
+  }
+  if (c.kind == STF_BLOCKS) return AnyBit(layouts, c, i0 - origin, i1 - origin, j0 - origin, j1 - origin);
+  const int begin = (j0 - origin) % c.a, end = begin + j1 - j0;  // columns
+  return (begin < c.c && end >= c.b) || end >= c.a + c.b;
 }
 
 // Clears the bits that `Extra` leaves out, of columns from `begin` on; bits as WarpMask::Allowed has them.

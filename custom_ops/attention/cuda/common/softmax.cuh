@@ -51,21 +51,22 @@ struct Softmax {
   float sum[kValueDepth / 8][4];
   float row_max[2], row_sum[4];  // total: two parts for each row
 
-  __device__ void Start() {
+  // Of a head's keys; where there are `sinks`, one of them is a score without a value.
+  __device__ void Start(const float* sinks, int head) {
     Clear(sum);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      row_max[r] = -INFINITY;
-      row_sum[2 * r] = row_sum[2 * r + 1] = 0;
-    }
+    const float sink = sinks ? sinks[head] : -INFINITY;
+    Begin({sink, sink}, sinks != nullptr);
   }
 
   // Goes on from the output of other keys, which is in `sum`, and their log-sum-exp.
-  __device__ void Continue(const float (&log_sum_exp)[2]) {
+  __device__ void Continue(const float (&log_sum_exp)[2]) { Begin(log_sum_exp, true); }
+
+  // With scores of such log-sum-exps, where there are `some`, whose values are in `sum`.
+  __device__ void Begin(const float (&log_sum_exp)[2], bool some) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       row_max[r] = log_sum_exp[r] * (kNatural ? 1 : kLog2e);
-      row_sum[2 * r] = row_max[r] == -INFINITY ? 0 : 1.0f / 4;  // a quad's lanes each hold a part of the total
+      row_sum[2 * r] = some && row_max[r] != -INFINITY ? 1.0f / 4 : 0;  // a quad's lanes each hold a part of the total
       row_sum[2 * r + 1] = 0;
     }
   }

@@ -40,11 +40,11 @@ __global__ __launch_bounds__(128, (kValueDepth <= 128 ? 3 : 1)) void Sm80QueryGr
   const Head& head = work.components;
   const Context context = {args, head, view};
 
-  const T* key = Base<const T>(args.key, work.batch, work.head);
-  const T* value = Base<const T>(args.value, work.batch, work.head);
+  const T* key = Base<const T>(args.key, work.batch, work.key_head);
+  const T* value = Base<const T>(args.value, work.batch, work.key_head);
   auto own = [&](int row) { return first + row < end ? view.Position(first + row) : -1; };
-  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work, args.key_depth, own);
-  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, args.output_grad, args, work, args.value_depth, own);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work.batch, work.head, args.key_depth, own);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, args.output_grad, args, work.batch, work.head, args.value_depth, own);
   CommitCopies();
   auto load = [&](const Segment& segment, int stage) {
     auto place = [&](int row) { return row < segment.count ? KeyPosition(segment.component, view, segment.begin + row) : -1; };
@@ -124,8 +124,8 @@ __global__ __launch_bounds__(128, (kKeyDepth <= 64 && kValueDepth <= 128 ? 3 : 1
   auto own = [&](int row) { return first + row < end ? KeyPosition(numbering, view, first + row) : -1; };
   const int length = Length(args, work.batch);
   auto in_use = [&](int row) { return own(row) < length ? own(row) : -1; };  // the others may hold anything
-  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work, args.key_depth, in_use);
-  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work, args.value_depth, in_use);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work.batch, work.key_head, args.key_depth, in_use);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work.batch, work.key_head, args.value_depth, in_use);
   auto load = [&](const Segment& segment, int stage) {
     auto place = [&](int row) { return row < segment.count ? view.Position(segment.begin + row) : -1; };
     T* const to = stages + stage * Tile::kStage;

@@ -42,8 +42,8 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
   const Context context = {args, head, view};
 
   const T* query = Base<const T>(args.query, work.batch, work.head);
-  const T* key = Base<const T>(args.key, work.batch, work.head);
-  const T* value = Base<const T>(args.value, work.batch, work.head);
+  const T* key = Base<const T>(args.key, work.batch, work.key_head);
+  const T* value = Base<const T>(args.value, work.batch, work.key_head);
   LoadRows<T, kKeyDepth, Tile::kQueries, Tile::kThreads>(queries, query, args.query.position_stride, args.key_depth, args.vector,
                                                          [&](int row) { return first + row < end ? view.Position(first + row) : -1; });
   auto load = [&](const Segment& segment, int stage) {
@@ -61,7 +61,7 @@ __global__ __launch_bounds__(128, (kValueDepth <= 64    ? 4
   };
   Softmax<T, kKeyDepth, kValueDepth> softmax;
   if (launch.first) {
-    softmax.Start();
+    softmax.Start(args.sinks, work.head);
   } else {
     find_rows().Continue(&softmax, args, args.vector);
   }

@@ -11,9 +11,9 @@ namespace cuda {
 
 // A head's rows of a tensor to shared memory, by place(row) as LoadRows does.
 template <typename T, int kDepth, int kRows, int kThreads, typename Place>
-__device__ __forceinline__ void LoadHead(T* to, const stf_tensor& tensor, const Arguments& args, const TileIndex& work, int depth,
+__device__ __forceinline__ void LoadHead(T* to, const stf_tensor& tensor, const Arguments& args, int batch, int head, int depth,
                                          const Place& place) {
-  LoadRows<T, kDepth, kRows, kThreads>(to, Base<const T>(tensor, work.batch, work.head), tensor.position_stride, depth, args.vector, place);
+  LoadRows<T, kDepth, kRows, kThreads>(to, Base<const T>(tensor, batch, head), tensor.position_stride, depth, args.vector, place);
 }
 
 // A block's way through the segments of its tile: while one is used, the next comes to shared memory. load(segment, stage) begins a

@@ -28,23 +28,23 @@ class Walk {
         component_ = head_.components[__ffsll(left_) - 1];
         left_ &= left_ - 1;
         if (kByKey) {
-          next_ = QueriesOf(component_, first_, view_.count).low;
-          end_ = min(QueriesOf(component_, last_, view_.count).high, view_.count);
+          next_ = QueriesOf(component_, view_, first_).low;
+          end_ = min(QueriesOf(component_, view_, last_).high, view_.count);
         } else {
-          next_ = KeysOf(component_, first_).low;
-          end_ = KeysOf(component_, last_).high;
+          next_ = KeysOf(component_, view_, first_).low;
+          end_ = KeysOf(component_, view_, last_).high;
         }
       }
       *segment = {component_, next_, min(kWidth, end_ - next_)};
       next_ += kWidth;
-      if (component_.kind != STF_BLOCKS || AnyBlock(segment->begin, segment->begin + segment->count - 1)) return true;
+      if (!Irregular(component_) || Any(segment->begin, segment->begin + segment->count - 1)) return true;
     }
   }
 
  private:
-  __device__ bool AnyBlock(int begin, int last) const {
-    return AnyBit(args_.layouts, component_, kByKey ? begin : first_, kByKey ? last : last_, kByKey ? first_ : begin,
-                  kByKey ? last_ : last);
+  __device__ bool Any(int begin, int last) const {
+    return AnyPair(args_.layouts, component_, view_, kByKey ? begin : first_, kByKey ? last : last_, kByKey ? first_ : begin,
+                   kByKey ? last_ : last);
   }
 
   const Arguments& args_;
@@ -112,7 +112,7 @@ struct WarpMask {
 
  private:
   __device__ static Interval Of(const Component& c, int row, const View& view) {
-    return kByKey ? QueriesOf(c, row, view.count) : KeysOf(c, row);
+    return kByKey ? QueriesOf(c, view, row) : KeysOf(c, view, row);
   }
 };
 

@@ -79,9 +79,9 @@ __global__ __launch_bounds__(32 * kWarps) void Sm80PackedForwardKernel(const __g
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
-  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work, args.key_depth, place);
-  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work, args.key_depth, place);
-  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work, args.value_depth, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work.batch, work.head, args.key_depth, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work.batch, work.key_head, args.key_depth, place);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work.batch, work.key_head, args.value_depth, place);
   CommitCopies();
 
   const PackedWarp warp = FindPackedWarp(args, launch, work);
@@ -93,7 +93,7 @@ __global__ __launch_bounds__(32 * kWarps) void Sm80PackedForwardKernel(const __g
   };
   Softmax<T, kKeyDepth, kValueDepth> softmax;
   if (launch.first) {
-    softmax.Start();
+    softmax.Start(args.sinks, work.head);
   } else {
     find_rows().Continue(&softmax, args, args.vector);
   }
@@ -129,11 +129,11 @@ __global__ __launch_bounds__(32 * kWarps) void Sm80PackedBackwardKernel(const __
   const Head& head = work.components;
   const int length = Length(args, work.batch);
   auto place = [&](int row) { return PackedPosition(launch, work, length, row); };
-  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, args.output_grad, args, work, args.value_depth, place);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(grads, args.output_grad, args, work.batch, work.head, args.value_depth, place);
   CommitCopies();
-  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work, args.key_depth, place);
-  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work, args.key_depth, place);
-  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work, args.value_depth, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(queries, args.query, args, work.batch, work.head, args.key_depth, place);
+  LoadHead<T, kKeyDepth, Tile::kRows, Tile::kThreads>(keys, args.key, args, work.batch, work.key_head, args.key_depth, place);
+  LoadHead<T, kValueDepth, Tile::kRows, Tile::kThreads>(values, args.value, args, work.batch, work.key_head, args.value_depth, place);
   CommitCopies();
 
   const int64_t statistics = StatisticsBase(args, work.batch, work.head);

@@ -93,9 +93,9 @@ __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDept
       auto index = [&](int row) { return block.first + row; };
       *pipeline.BlockOf(own.stage) = block;
       ArriveAndExpect(full, Pipeline::kTile.own_bytes);
-      CopyRows<kKeyDepth, kBackwardKeys>(tile, maps.own[0][variant], 64, full, block.batch, block.head, block.sequence, index);
-      CopyRows<kValueDepth, kBackwardKeys>(tile + Pipeline::kTile.own_key_bytes, maps.own[1][variant], 64, full, block.batch, block.head,
-                                           block.sequence, index);
+      CopyRows<kKeyDepth, kBackwardKeys>(tile, maps.own[0][variant], 64, full, block.batch, block.key_head, block.sequence, index);
+      CopyRows<kValueDepth, kBackwardKeys>(tile + Pipeline::kTile.own_key_bytes, maps.own[1][variant], 64, full, block.batch,
+                                           block.key_head, block.sequence, index);
     }
     own.Next();
     for (int t = block.tile_begin; t < block.tile_end; t++) {
@@ -141,7 +141,7 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
   KeyBlockWalk walk(args, launch);
   KeyBlock block = {};
   while (walk.Next(&block)) {
-    const View view = block.ViewOf(launch);
+    const View view = block.ViewOf(args, launch);
     const int64_t statistics = StatisticsBase(args, block.batch, block.head);
     // Whoever read what is written over here has left the key block before the last one. These warps wait at every block, and all wait for
     // them: so nobody is ever a phase and more away from the one that is waited for.
@@ -227,7 +227,7 @@ class BackwardMainloop {
   using ValueTile = SharedTile<kValueDepth, kBackwardKeys>;
 
   __device__ void Visit(const KeyBlock& block) {
-    const View view = block.ViewOf(launch_);
+    const View view = block.ViewOf(args_, launch_);
     const Head head = block.HeadOf(launch_);
     const Context context = {args_, head, view};
     const Component* const component = head.components + (__ffsll(head.members) - 1);
@@ -245,7 +245,7 @@ class BackwardMainloop {
     mask.Find(component, view, begin, block.end);
     Interval first_half = {0, 0};  // queries of the first half's keys
     if (warpgroup_ > 0) {
-      first_half = {QueriesOf(*component, block.first, view.count).low, QueriesOf(*component, min(begin, block.end) - 1, view.count).high};
+      first_half = {QueriesOf(*component, view, block.first).low, QueriesOf(*component, view, min(begin, block.end) - 1).high};
     }
     float key_sum[kKeyDepth / 8][4], value_sum[kValueDepth / 8][4];
     Clear(key_sum);

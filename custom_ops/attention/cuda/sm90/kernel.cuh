@@ -66,7 +66,7 @@ __global__ __launch_bounds__((P::Tile::kThreads), (P::Tile::kBlocks)) void Sm90K
     WaitBarrier(pipeline.OwnFull(own.stage), own.phase);
     const WorkTile work_tile = *pipeline.WorkTileOf(own.stage);
     if (work_tile.batch < 0) return;
-    const View view = work_tile.ViewOf(launch);
+    const View view = work_tile.template ViewOf<P::kGeneral>(args, launch);
     const Head head = work_tile.HeadOf(launch);
     const Context context = {args, head, view};
     const int warpgroup_begin = work_tile.first + warpgroup_row;

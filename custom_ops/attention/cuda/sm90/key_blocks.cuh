@@ -18,9 +18,11 @@ struct __align__(16) KeyBlock {
   int tile_stop;                       // from here on, tiles whose query gradients are another run's
   int keys;                            // whether the keys' gradients are this run's
   int slot;                            // plus a tile: which of the tiles that the block of threads visits, counted from 0
-  int padding;
+  int key_head;
 
-  __device__ View ViewOf(const Launch& launch) const { return {start, launch.stride, count}; }
+  __device__ View ViewOf(const Arguments& args, const Launch& launch) const {
+    return {start, launch.stride, count, DocumentsOf(args, batch)};
+  }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 };
 
@@ -37,7 +39,7 @@ class KeyBlockWalk {
       }
       const Component& component = launch_.components[launch_.begin[block->program] + component_];
       const int index = next_++, last = min((index + 1) * kBackwardKeys, block->existing) - 1;
-      const int reached = min(QueriesOf(component, last, block->count).high, block->count);
+      const int reached = min(QueriesOf(component, block->ViewOf(args_, launch_), last).high, block->count);
       block->first = index * kBackwardKeys;
       block->end = last + 1;
       block->tile_begin = max(index, run_) * (kBackwardKeys / 64);
@@ -63,6 +65,7 @@ class KeyBlockWalk {
     const View view = FindView(args_, launch_, work.sequence, work.batch);
     block->batch = work.batch;
     block->head = work.head;
+    block->key_head = work.key_head;
     block->program = work.program;
     block->sequence = work.sequence;
     block->start = view.start;
@@ -73,7 +76,7 @@ class KeyBlockWalk {
     component_ = __ffsll(launch_.members[work.program]) - 1;
     run_ = run;
     end_ = min(run + launch_.run, (block->existing + kBackwardKeys - 1) / kBackwardKeys);
-    next_ = min(run, KeysOf(work.components.components[component_], run * kBackwardKeys).low / kBackwardKeys);
+    next_ = min(run, KeysOf(work.components.components[component_], view, run * kBackwardKeys).low / kBackwardKeys);
     seen_ = run * (kBackwardKeys / 64);
     block->tile_stop = end_ * (kBackwardKeys / 64);
     block->slot = visited_ - seen_;

@@ -32,12 +32,12 @@ struct WarpgroupMask {
     common = kNothing;
     rows[0] = rows[1] = {0, 0};
     if (last < warpgroup_begin) return;
-    const int of_rows[4] = {warpgroup_begin, last, row, row + 8};
+    const int of_rows[4] = {warpgroup_begin, last, min(row, last), min(row + 8, last)};
     Interval found[4];
     if constexpr (kByKey) {
-      QueriesOf(*of, of_rows, view.count, found);
+      QueriesOf(*of, view, of_rows, found);
     } else {
-      KeysOf(*of, of_rows, found);
+      KeysOf(*of, view, of_rows, found);
     }
     reach = {found[0].low, found[1].high};
     if (last == warpgroup_begin + 63) common = {found[1].low, found[0].high};
@@ -54,7 +54,7 @@ struct WarpgroupMask {
                         LeaveOutElement leave_out) const {
     const Component& c = *component;
     const int end = segment.begin + segment.count, last = min(warpgroup_begin + 63, row_end - 1);
-    const bool general = kGeneral && (c.exclude || c.kind == STF_BLOCKS) &&
+    const bool general = kGeneral && (c.exclude || Irregular(c)) &&
                          (kByKey ? NeedsExtra(context.head, c, context.view, segment.begin, end - 1, warpgroup_begin, last)
                                  : NeedsExtra(context.head, c, context.view, warpgroup_begin, last, segment.begin, end - 1));
     const bool low_cuts = segment.begin<common.low, high_cuts = segment.begin + kStageRows> common.high;
@@ -119,20 +119,20 @@ class WarpgroupWalk {
         component_ = context_.head.components + (__ffsll(left_) - 1);
         left_ &= left_ - 1;
         const Component& c = *component_;
-        const int count = context_.view.count;
-        next_ = (kByKey ? QueriesOf(c, first_, count) : KeysOf(c, first_)).low;
-        end_ = kByKey ? min(QueriesOf(c, last_, count).high, count) : KeysOf(c, last_).high;
+        const View& view = context_.view;
+        next_ = (kByKey ? QueriesOf(c, view, first_) : KeysOf(c, view, first_)).low;
+        end_ = kByKey ? min(QueriesOf(c, view, last_).high, view.count) : KeysOf(c, view, last_).high;
       }
       *segment = {component_, next_, min(kStageRows, end_ - next_)};
       next_ += kStageRows;
-      if (!kGeneral || component_->kind != STF_BLOCKS || AnyBlock(segment->begin, segment->begin + segment->count - 1)) return true;
+      if (!kGeneral || !Irregular(*component_) || Any(segment->begin, segment->begin + segment->count - 1)) return true;
     }
   }
 
  private:
-  __device__ bool AnyBlock(int begin, int last) const {
-    return AnyBit(context_.args.layouts, *component_, kByKey ? begin : first_, kByKey ? last : last_, kByKey ? first_ : begin,
-                  kByKey ? last_ : last);
+  __device__ bool Any(int begin, int last) const {
+    return AnyPair(context_.args.layouts, *component_, context_.view, kByKey ? begin : first_, kByKey ? last : last_,
+                   kByKey ? first_ : begin, kByKey ? last_ : last);
   }
 
   const Context& context_;

@@ -43,13 +43,25 @@ struct Packs {
     const int count = end <= start ? 0 : min(length, (end - start - 1) / launch.stride + 1);
     return {pack * length, pack * length + count};
   }
+
+  // Cuts a row's interval, of the sequence that begins at row `begin` of the tile, to its document.
+  template <bool kByKey>
+  __device__ void Cut(const Launch& launch, const int32_t* documents, int row, int begin, Interval* interval) const {
+    const View view = {(sequence + Pack(row)) * launch.sequence_stride, launch.stride, length, documents};
+    const int position = view.Position(row - begin);
+    if (kByKey) {
+      interval->high = min(interval->high, begin + view.Before(view.EndOfQueries(position)));
+    } else {
+      interval->low = max(interval->low, begin + view.Before(view.FirstKey(position)));
+    }
+  }
 };
 
 // WarpgroupMask of packed rows [warpgroup_begin, warpgroup_begin + 64): queries see keys of their own sequence, `distance` or more before
 // them.
 template <bool kByKey>
-__device__ inline void FindPackedMask(WarpgroupMask<kByKey, false>* mask, const Component* component, const Launch& launch,
-                                      const Packs& packs, int warpgroup_begin, int end) {
+__device__ inline void FindPackedMask(WarpgroupMask<kByKey, false>* mask, const Component* component, const Arguments& args,
+                                      const Launch& launch, int batch, const Packs& packs, int warpgroup_begin, int end) {
   mask->component = component;
   mask->common = kNothing;
   const int last = min(warpgroup_begin + 63, packs.rows - 1), distance = component->b;
@@ -64,6 +76,7 @@ __device__ inline void FindPackedMask(WarpgroupMask<kByKey, false>* mask, const 
     const Interval sequence = packs.Of(launch, row, end);
     const bool used = row < packs.rows && row < sequence.high;
     mask->rows[r] = !used ? Interval{0, 0} : kByKey ? Interval{row + distance, sequence.high} : Interval{sequence.low, row + 1 - distance};
+    if (args.documents && used) packs.Cut<kByKey>(launch, DocumentsOf(args, batch), row, sequence.low, &mask->rows[r]);
   }
 }
 
@@ -85,9 +98,9 @@ __global__ __launch_bounds__(kPackedThreads,
   auto place = [&](int row) { return packs.Position(launch, row, end); };
   LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
                                                       args.key_depth, place);
-  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(keys, Base<const T>(args.key, work.batch, work.key_head), args.key.position_stride,
                                                       args.key_depth, place);
-  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(values, Base<const T>(args.value, work.batch, work.head),
+  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(values, Base<const T>(args.value, work.batch, work.key_head),
                                                         args.value.position_stride, args.value_depth, place);
   CommitCopies();
   const View view = {0, 1, packs.rows};
@@ -102,12 +115,12 @@ __global__ __launch_bounds__(kPackedThreads,
     Softmax<T, kKeyDepth, kValueDepth> softmax;
     bool settled = false;
     if (launch.first) {
-      softmax.Start();
+      softmax.Start(args.sinks, work.head);
     } else {
       outputs.Continue(&softmax, args, true);
     }
     WarpgroupMask<false, false> mask;
-    FindPackedMask<false>(&mask, component, launch, packs, warpgroup_begin, end);
+    FindPackedMask<false>(&mask, component, args, launch, work.batch, packs, warpgroup_begin, end);
     if (waiting) FinishCopies();
     waiting = false;
     for (int begin = 0; begin <= warpgroup_begin; begin += kStageRows) {
@@ -152,9 +165,9 @@ __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kV
   auto place = [&](int row) { return packs.Position(launch, row, end); };
   LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(queries, Base<const T>(args.query, work.batch, work.head), args.query.position_stride,
                                                       args.key_depth, place);
-  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(keys, Base<const T>(args.key, work.batch, work.head), args.key.position_stride,
+  LoadSharedTile<T, kKeyDepth, kRows, kPackedThreads>(keys, Base<const T>(args.key, work.batch, work.key_head), args.key.position_stride,
                                                       args.key_depth, place);
-  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(values, Base<const T>(args.value, work.batch, work.head),
+  LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(values, Base<const T>(args.value, work.batch, work.key_head),
                                                         args.value.position_stride, args.value_depth, place);
   LoadSharedTile<T, kValueDepth, kRows, kPackedThreads>(grads, Base<const T>(args.output_grad, work.batch, work.head),
                                                         args.output_grad.position_stride, args.value_depth, place);
@@ -200,7 +213,7 @@ __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kV
     Clear(key_sum);
     Clear(value_sum);
     WarpgroupMask<true, false> mask;
-    FindPackedMask<true>(&mask, component, launch, packs, key_begin, end);
+    FindPackedMask<true>(&mask, component, args, launch, work.batch, packs, key_begin, end);
 #pragma unroll
     for (int begin = kRows - 64; begin >= key_begin; begin -= 64) {
       const WarpgroupSegment segment = {component, begin, kStageRows};

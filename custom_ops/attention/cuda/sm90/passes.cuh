@@ -12,6 +12,9 @@ namespace cuda {
 // Which of a map's two variants has a sequence of this launch.
 __device__ inline int Variant(const Maps& maps, int sequence) { return sequence < maps.longer ? 1 : 0; }
 
+// The first key of a component whose keys lie together.
+__device__ inline int FirstColumn(const Component& c) { return c.kind == STF_SUMMARY ? c.b : 0; }
+
 // The producer warp of a launch by queries: own rows are the queries' (kGrads: and the output gradients'); keys and
 // values stream.
 template <typename Tile, int kKeyDepth, int kValueDepth, bool kGrads, bool kGeneral>
@@ -26,17 +29,17 @@ __device__ inline void ProduceByQuery(const Pipeline<Tile>& pipeline, const Argu
     }
   };
   auto copy = [&](const WorkTile& work_tile, const WarpgroupSegment& segment, uint32_t tile, uint32_t full) {
-    if (segment.component->kind == STF_SUMMARY) {
+    if (IsScattered(*segment.component, args.positions)) {
       auto index = [&](int row) { return KeyPosition(*segment.component, work_tile.ViewOf(launch), segment.begin + row); };
-      CopyRows<kKeyDepth, kStageRows>(tile, maps.summary[0], maps.summary_rows, full, work_tile.batch, work_tile.head, 0, index);
+      CopyRows<kKeyDepth, kStageRows>(tile, maps.summary[0], maps.summary_rows, full, work_tile.batch, work_tile.key_head, 0, index);
       CopyRows<kValueDepth, kStageRows>(tile + Tile::kStageKeyBytes, maps.summary[1], maps.summary_rows, full, work_tile.batch,
-                                        work_tile.head, 0, index);
+                                        work_tile.key_head, 0, index);
       return;
     }
     const int sequence = work_tile.sequence, variant = Variant(maps, sequence);
-    auto index = [&](int row) { return segment.begin + row; };
-    CopyRows<kKeyDepth, kStageRows>(tile, maps.streamed[0][variant], 64, full, work_tile.batch, work_tile.head, sequence, index);
-    CopyRows<kValueDepth, kStageRows>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, work_tile.batch, work_tile.head,
+    auto index = [&](int row) { return FirstColumn(*segment.component) + segment.begin + row; };
+    CopyRows<kKeyDepth, kStageRows>(tile, maps.streamed[0][variant], 64, full, work_tile.batch, work_tile.key_head, sequence, index);
+    CopyRows<kValueDepth, kStageRows>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, work_tile.batch, work_tile.key_head,
                                       sequence, index);
   };
   Produce<Tile, false, kGeneral>(pipeline, args, launch, copy_own, copy,
@@ -59,7 +62,7 @@ struct Forward {
 
   __device__ Forward(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int row) {
     if (launch.first) {
-      softmax.Start();
+      softmax.Start(args.sinks, work_tile.head);
     } else {
       FindRows(args, work_tile, view, row).Continue(&softmax, args, true);
     }
@@ -149,14 +152,15 @@ struct KeyGrad {
   __device__ static void Load(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
     auto copy_own = [&](const WorkTile& work_tile, uint32_t tile, uint32_t full) {
       const Component numbering = work_tile.Numbering(launch);
-      const bool summary = numbering.kind == STF_SUMMARY;
-      const int sequence = summary ? 0 : work_tile.sequence, variant = summary ? 0 : Variant(maps, sequence);
+      const bool scattered = IsScattered(numbering, args.positions);
+      const int sequence = scattered ? 0 : work_tile.sequence, variant = scattered ? 0 : Variant(maps, sequence);
       auto index = [&](int row) {
-        return summary ? KeyPosition(numbering, work_tile.ViewOf(launch), work_tile.first + row) : work_tile.first + row;
+        return scattered ? KeyPosition(numbering, work_tile.ViewOf(launch), work_tile.first + row)
+                         : FirstColumn(numbering) + work_tile.first + row;
       };
-      CopyRows<kKey, Tile::kRows>(tile, maps.own[0][variant], maps.own_rows, full, work_tile.batch, work_tile.head, sequence, index);
-      CopyRows<kValue, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], maps.own_rows, full, work_tile.batch, work_tile.head,
-                                    sequence, index);
+      CopyRows<kKey, Tile::kRows>(tile, maps.own[0][variant], maps.own_rows, full, work_tile.batch, work_tile.key_head, sequence, index);
+      CopyRows<kValue, Tile::kRows>(tile + Tile::kOwnKeyBytes, maps.own[1][variant], maps.own_rows, full, work_tile.batch,
+                                    work_tile.key_head, sequence, index);
     };
     auto copy = [&](const WorkTile& work_tile, const WarpgroupSegment& segment, uint32_t tile, uint32_t full) {
       const int sequence = work_tile.sequence, variant = Variant(maps, sequence);

@@ -116,7 +116,7 @@ struct __align__(16) WorkTile {
   int existing, used, first;  // rows of the sequence, and those in use; the tile's first
   int start, count;           // of the view
   int end;                    // of the tile's rows; by queries: of those in use
-  int sequence, padding[2];
+  int sequence, key_head, padding;
 
   // False where there is nothing to do.
   template <bool kByKey>
@@ -125,6 +125,7 @@ struct __align__(16) WorkTile {
     if (!FindTile(args, launch, unit, launch.sequences, !kByKey, &work)) return false;
     batch = work.batch;
     head = work.head;
+    key_head = work.key_head;
     program = work.program;
     sequence = work.sequence;
     const View view = FindView(args, launch, sequence, batch);
@@ -143,6 +144,11 @@ struct __align__(16) WorkTile {
   }
 
   __device__ View ViewOf(const Launch& launch) const { return {start, launch.stride, count}; }
+  // The same with its documents, which launches that are general may have.
+  template <bool kGeneral>
+  __device__ View ViewOf(const Arguments& args, const Launch& launch) const {
+    return {start, launch.stride, count, kGeneral ? DocumentsOf(args, batch) : nullptr};
+  }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 
   // The component whose numbering of keys a launch by keys has.
@@ -236,7 +242,7 @@ __device__ inline void Produce(const Pipeline<Tile>& pipeline, const Arguments& 
       copy_own(work_tile, pipeline.Own(own.stage), pipeline.OwnFull(own.stage));
     }
     own.Next();
-    const View view = work_tile.ViewOf(launch);
+    const View view = work_tile.ViewOf<kGeneral>(args, launch);
     const Head head = work_tile.HeadOf(launch);
     const Context context = {args, head, view};
     WarpgroupWalk<kByKey, kGeneral> walk(context, work_tile.first, work_tile.end - 1);

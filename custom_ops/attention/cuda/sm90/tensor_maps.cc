@@ -32,12 +32,12 @@ struct Numbering {
 };
 
 // Rows are cut into panels as wgmma.cuh has them.
-cudaError_t Make(const Arguments& args, const stf_tensor& tensor, int depth, int tile_depth, const Numbering& numbering, int rows,
+cudaError_t Make(const stf_tensor& tensor, int heads, int batch, int depth, int tile_depth, const Numbering& numbering, int rows,
                  TensorMap* map) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's size");
   const auto bytes = [](int64_t elements) { return static_cast<cuuint64_t>(2 * elements); };
   const auto size = [](int64_t x) { return static_cast<cuuint64_t>(x); };
-  const cuuint64_t sizes[5] = {size(depth), size(numbering.sequences), size(numbering.count), size(args.heads), size(args.batch)};
+  const cuuint64_t sizes[5] = {size(depth), size(numbering.sequences), size(numbering.count), size(heads), size(batch)};
   const cuuint64_t strides[4] = {bytes(numbering.sequence_stride * tensor.position_stride),
                                  bytes(numbering.stride * tensor.position_stride), bytes(tensor.head_stride), bytes(tensor.batch_stride)};
   const bool narrow = tile_depth == 32;
@@ -51,12 +51,12 @@ cudaError_t Make(const Arguments& args, const stf_tensor& tensor, int depth, int
 }
 
 // The most rows, a power of two up to kRows, that every summary of a launch divides its columns into; 0 where there is none.
-int SummaryRows(const Launch& launch) {
+int SummaryRows(const Launch& launch, int positions) {
   int rows = 0;
   for (int slot = 0; slot < launch.programs; slot++) {
     for (uint64_t left = launch.members[slot]; left; left &= left - 1) {
       const Component& c = launch.components[launch.begin[slot] + __builtin_ctzll(left)];
-      if (c.kind == STF_SUMMARY) rows = std::gcd(rows == 0 ? kRows : rows, c.c - c.b);
+      if (IsScattered(c, positions)) rows = std::gcd(rows == 0 ? kRows : rows, c.c - c.b);
     }
   }
   return rows;
@@ -67,13 +67,15 @@ cudaError_t MakeMaps(Pass pass, int key_depth, int value_depth, const Arguments&
   const bool by_key = pass == kKeyGrad || pass == kBackward;
   if (by_key) std::swap(own, streamed);
   const int depths[2] = {args.key_depth, args.value_depth}, tile_depths[2] = {key_depth, value_depth};
+  const int key_heads = args.heads / args.group;
   const int64_t positions = args.positions, stride = launch.stride;
   const int64_t longer = positions % stride;
   const Numbering plain = {1, 1, positions, 1};
   const Numbering variants[2] = {{stride, 1, positions / stride, stride}, {longer, 1, positions / stride + 1, stride}};
   cudaError_t error = cudaSuccess;
   const auto make = [&](int t, const stf_tensor& tensor, const Numbering& numbering, int rows, TensorMap* map) {
-    if (error == cudaSuccess) error = Make(args, tensor, depths[t], tile_depths[t], numbering, rows, map);
+    const int heads = &tensor == &args.key || &tensor == &args.value ? key_heads : args.heads;
+    if (error == cudaSuccess) error = Make(tensor, heads, args.batch, depths[t], tile_depths[t], numbering, rows, map);
   };
   *maps = {};
   maps->own_rows = by_key && summary_rows ? summary_rows : kRows;
@@ -98,11 +100,11 @@ bool HasMaps() { return FindEncode() != nullptr; }
 
 int MapsOf(Pass pass, int key_depth, int value_depth, const Arguments& args, const Launch& launch, std::shared_ptr<const Maps>* maps) {
   static Cache<Maps, 4096> cache;  // 5 MiB
-  const int summary_rows = SummaryRows(launch);
+  const int summary_rows = SummaryRows(launch, args.positions);
   Key key;
   key.Add(args.query, args.key, args.value, pass == kBackward ? args.output : stf_tensor{}, args.output_grad)
-      .Add(args.batch, args.positions, args.heads, args.key_depth, args.value_depth, launch.stride, summary_rows, key_depth, value_depth,
-           pass);
+      .Add(args.batch, args.positions, args.heads, args.group, args.key_depth, args.value_depth, launch.stride, summary_rows, key_depth,
+           value_depth, pass);
   return cache.Get(key, maps, [&](Maps* made) { return MakeMaps(pass, key_depth, value_depth, args, launch, summary_rows, made); });
 }
 

@@ -1,0 +1,67 @@
+"""Rotary position embedding."""
+
+import keras
+import tensorflow as tf
+
+from stf.layers.validation import above_zero
+
+
+@keras.saving.register_keras_serializable(package="stf")
+class RotaryEmbedding(keras.layers.Layer):
+    """Turns each pair of a query's or key's numbers by an angle that grows with the position.
+
+    The product of a query at i and a key at j then depends on i - j alone: component k of the first half of the depth
+    d and that of the second are turned by `position * base^(-2 k / d) / scaling` (Su et al. 2021, "RoFormer",
+    Section 3.2). Angles are computed in float64: a million positions have them exact.
+
+    `SparseAttention(rotary=True)` has one. By itself it serves a decoder that goes on position by position.
+
+    Examples:
+        >>> rotary = stf.layers.RotaryEmbedding()
+        >>> query = tf.random.normal([1, 1024, 8, 64])
+        >>> one = rotary(query[:, 700:701], positions=[700])
+        >>> bool(tf.reduce_all(abs(one - rotary(query)[:, 700:701]) < 1e-6))
+        True
+
+    Args:
+        base: of the angles' geometric sequence.
+        scaling: what positions are divided by, so that longer sequences than a model was trained with keep to the
+            angles that it knows (Chen et al. 2023, "Extending context window of large language models via positional
+            interpolation").
+
+    Call arguments:
+        inputs: `[batch, position, head, depth]`, the depth even.
+        positions: numbers `[position]` or `[batch, position]`; 0, 1, ... unless given.
+
+    Returns:
+        The same shape and dtype.
+
+    Raises:
+        ValueError: a base or scaling that is not above 0, or an odd depth.
+    """
+
+    def __init__(self, base=10_000.0, scaling=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.base = above_zero("base", base)
+        self.scaling = above_zero("scaling", scaling)
+        self.built = True
+
+    def call(self, inputs, positions=None):
+        depth = inputs.shape[-1]
+        if depth % 2:
+            raise ValueError(f"`inputs` must have an even depth. Received: inputs of shape {inputs.shape}")
+        positions = tf.range(tf.shape(inputs, tf.int64)[1]) if positions is None else tf.convert_to_tensor(positions)
+        steps = tf.range(depth // 2, dtype=tf.float64) * (-2.0 / depth)
+        frequencies = tf.pow(tf.constant(self.base, tf.float64), steps) / self.scaling
+        angles = tf.cast(positions, tf.float64)[..., None, None] * frequencies  # [(batch,) position, 1, depth / 2]
+        exact = tf.float64 if inputs.dtype == tf.float64 else tf.float32
+        cos, sin = tf.cast(tf.cos(angles), exact), tf.cast(tf.sin(angles), exact)
+        x, y = tf.split(tf.cast(inputs, exact), 2, axis=-1)
+        return tf.cast(tf.concat([x * cos - y * sin, y * cos + x * sin], -1), inputs.dtype)
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+    def get_config(self):
+        return super().get_config() | {"base": self.base, "scaling": self.scaling}
