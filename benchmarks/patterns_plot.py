@@ -1,4 +1,4 @@
-"""Draws docs/patterns.svg: what each query attends to, in the patterns that stf is made for.
+"""Draws docs/patterns.svg, what each query attends to in the patterns that stf is made for, and the guides' pictures.
 
     python benchmarks/patterns_plot.py
 
@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from stf.patterns import Causal, Fixed, Local, OwnBlock, Strided, Summary
+from stf.patterns import Blocks, Causal, Fixed, Local, OwnBlock, Sink, Strided, Summary, Window
 
 SIDE = 8
 QUERY = 43  # of the small pictures
@@ -71,5 +71,78 @@ def draw(target):
     print(f"written: {target}")
 
 
+def matrix(axis, title, parts, mask=None):
+    """One matrix of a guide: the parts' keys by colour, less what a mask leaves out."""
+    picture = colours(parts)
+    if mask is not None:
+        from matplotlib.colors import to_rgb
+
+        picture[np.tril(~mask)] = to_rgb(COLORS["left out"])
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("keys", fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def restarted(pattern, lengths):
+    """A pattern's mask counted from each document's first position on."""
+    mask, begin = np.zeros((SIDE * SIDE, SIDE * SIDE), bool), 0
+    for length in lengths:
+        mask[begin : begin + length, begin : begin + length] = pattern.mask(length)
+        begin += length
+    return mask
+
+
+class Given(Causal):
+    """A mask as a part that `colours` draws."""
+
+    def __init__(self, mask):
+        self.given = mask
+
+    def mask(self, n, head=0):
+        """The mask."""
+        return self.given
+
+
+def draw_guides(folder):
+    from matplotlib import pyplot
+
+    lengths = (20, 29, 15)
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    same = ids[:, None] == ids[None, :]
+    block, columns = OwnBlock(SIDE), Summary(SIDE, 2)
+    both = [Given(restarted(part, lengths)) for part in (block, columns)]
+    pages = {
+        "documents.svg": [
+            ("fixed attention, one document", (block, columns), None),
+            ("three documents", (block, columns), same),
+            ("three documents, restart=True", both, None),
+        ],
+        "sinks.svg": [
+            ("Window(12)", (Window(12),), None),
+            ("Window(12) | Sink(4)", (Window(12), Sink(4)), None),
+        ],
+        "own_pattern.svg": [
+            (
+                "blocks at distances of powers of two",
+                (Blocks.from_rule(lambda r, c: (r - c) & (r - c - 1) == 0, SIDE * SIDE, 4),),
+                None,
+            ),
+        ],
+    }
+    for name, panels in pages.items():
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(3.4 * len(panels), 3.7), layout="constrained", facecolor="white", squeeze=False
+        )
+        for axis, panel in zip(axes[0], panels, strict=True):
+            matrix(axis, *panel)
+        axes[0, 0].set_ylabel("queries", fontsize=9)
+        figure.savefig(folder / name)
+        print(f"written: {folder / name}")
+
+
 if __name__ == "__main__":
-    draw(pathlib.Path(__file__).resolve().parents[1] / "docs" / "patterns.svg")
+    docs = pathlib.Path(__file__).resolve().parents[1] / "docs"
+    draw(docs / "patterns.svg")
+    draw_guides(docs)

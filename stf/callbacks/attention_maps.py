@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from stf.callbacks import drawing
 from stf.callbacks.views import ImageView
+from stf.extras import needed
 from stf.training import steps_taken
 
 MOST_COLUMNS = 6  # of a figure that is not a card
@@ -43,6 +44,7 @@ class AttentionMaps(keras.callbacks.Callback):
         heads=None,
     ):
         super().__init__()
+        needed("tensorboard")  # without it TensorFlow writes no pictures
         self.log_dir = str(log_dir)
         self.tokens = np.asarray(tokens, np.int32)
         self.view = ImageView(image_shape) if view is None else view

@@ -1,8 +1,10 @@
 """Pictures as arrays: grids of images, labelled panels, attention maps, connectivity."""
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import functools
 
+import numpy as np
+
+from stf.extras import needed
 from stf.patterns import lower
 
 BACKGROUND, INK = (24, 24, 28), (235, 235, 235)
@@ -25,17 +27,17 @@ def grid(images, columns=None, factor=4, gap=4, caption=None):
 def panels(pictures, columns, titles=None, gap=8, heading=None):
     """Pictures of one size in rows of `columns`, each under its title, all under a heading; uint8 RGB."""
     height, width = pictures[0].shape[:2]
-    font = ImageFont.load_default(size=13)
+    font = _pillow("ImageFont").load_default(size=13)
     lines = max((title.count("\n") + 1 for title in titles), default=0) if titles else 0
     label = 17 * lines
     top = 30 if heading else 0
     rows = -(-len(pictures) // columns)
-    heading_font = ImageFont.load_default(size=16)
+    heading_font = _pillow("ImageFont").load_default(size=16)
     wide = columns * (width + gap) + gap
     if heading:  # all of it is to be read
         wide = max(wide, int(heading_font.getlength(heading)) + 2 * gap)
-    canvas = Image.new("RGB", (wide, top + rows * (height + label + gap) + gap), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
+    canvas = _pillow("Image").new("RGB", (wide, top + rows * (height + label + gap) + gap), BACKGROUND)
+    draw = _pillow("ImageDraw").Draw(canvas)
     if heading:
         draw.text((gap, 7), heading, INK, heading_font)
     for index, picture in enumerate(pictures):
@@ -43,7 +45,7 @@ def panels(pictures, columns, titles=None, gap=8, heading=None):
         y = top + gap + index // columns * (height + label + gap)
         if titles:
             draw.multiline_text((x, y), titles[index], INK, font, spacing=3)
-        canvas.paste(Image.fromarray(np.asarray(picture, np.uint8)), (x, y + label))
+        canvas.paste(_pillow("Image").fromarray(np.asarray(picture, np.uint8)), (x, y + label))
     return np.asarray(canvas)
 
 
@@ -59,8 +61,8 @@ def heat(values):
 def colour_bar(width, text, height=12):
     """What the colours of `heat` stand for: from 0 to 1, and a line of text under them; uint8 `[rows, width, 3]`."""
     bar = np.repeat(heat(np.linspace(0, 1, width))[None], height, 0)
-    label = Image.new("RGB", (width, 20), BACKGROUND)
-    ImageDraw.Draw(label).text((0, 3), text, INK, ImageFont.load_default(size=13))
+    label = _pillow("Image").new("RGB", (width, 20), BACKGROUND)
+    _pillow("ImageDraw").Draw(label).text((0, 3), text, INK, _pillow("ImageFont").load_default(size=13))
     return np.concatenate([bar, np.asarray(label)])
 
 
@@ -104,8 +106,8 @@ def text_picture(text, colours, query, cell=(15, 10)):
         cell: its height and width.
     """
     height, width = cell
-    image = Image.fromarray(np.repeat(np.repeat(colours.astype(np.uint8), height, 0), width, 1))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+    image = _pillow("Image").fromarray(np.repeat(np.repeat(colours.astype(np.uint8), height, 0), width, 1))
+    draw, font = _pillow("ImageDraw").Draw(image), _pillow("ImageFont").load_default(size=13)
     for index, byte in enumerate(np.asarray(text).tolist()):
         row, column = divmod(index, colours.shape[1])
         letter = chr(byte) if 32 <= byte < 127 else "\u00b0" if byte == 10 else "\u00b7"
@@ -145,8 +147,8 @@ def wave_picture(tokens, colours, query, height):
 def framed(picture, pixel, columns, factor):
     """A frame around one pixel of an enlarged picture."""
     y, x = pixel // columns * factor, pixel % columns * factor
-    image = Image.fromarray(picture)
-    ImageDraw.Draw(image).rectangle((x - 1, y - 1, x + factor, y + factor), outline=(90, 220, 255), width=2)
+    image = _pillow("Image").fromarray(picture)
+    _pillow("ImageDraw").Draw(image).rectangle((x - 1, y - 1, x + factor, y + factor), outline=(90, 220, 255), width=2)
     return np.asarray(image)
 
 
@@ -180,3 +182,9 @@ def reach_picture(pattern, head, query, image_shape, factor=6):
     picture[pattern.keys(query, head) // channels] = (120, 170, 235)
     picture[query // channels] = (20, 60, 150)
     return enlarge(picture.reshape(rows, columns, 3), factor)
+
+
+@functools.cache
+def _pillow(module):
+    """A module of Pillow, which only pictures need."""
+    return needed(f"PIL.{module}")

@@ -5,6 +5,7 @@ import time
 import keras
 import tensorflow as tf
 
+from stf.extras import needed
 from stf.training import BitsPerDim, steps_taken
 
 
@@ -23,6 +24,8 @@ class TrainingLog(keras.callbacks.Callback):
 
     def __init__(self, log_dir, every=10):
         super().__init__()
+        if log_dir is not None:
+            needed("tensorboard")  # without it TensorFlow writes no scalars
         self.log_dir = None if log_dir is None else str(log_dir)
         self.every = every
         self._writer = None

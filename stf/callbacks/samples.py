@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from stf.callbacks.drawing import grid
 from stf.data.audio import RATE, decode
+from stf.extras import needed
 from stf.training import steps_taken
 
 
@@ -22,6 +23,7 @@ class Samples(keras.callbacks.Callback):
 
     def __init__(self, log_dir, image_shape=(32, 32, 3), count=8, every=0, temperature=1.0, seed=0):
         super().__init__()
+        needed("tensorboard")  # without it TensorFlow writes no pictures
         self.log_dir = str(log_dir)
         self.image_shape = tuple(image_shape)
         self.count = count

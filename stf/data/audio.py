@@ -9,6 +9,7 @@ import uuid
 import numpy as np
 
 from stf.data.sequences import Splits, Stream, check_held_out, counts_of
+from stf.extras import needed
 
 RATE = 12_000  # samples a second
 SUFFIXES = (".wav", ".flac", ".ogg", ".aiff", ".aif")
@@ -34,8 +35,7 @@ def read(path, rate=RATE):
     Raises:
         ValueError: it is no recording that can be read, or has samples that are no numbers.
     """
-    import soundfile
-    import soxr
+    soundfile, soxr = needed("soundfile"), needed("soxr")
 
     try:
         wave, found = soundfile.read(path, dtype="float32", always_2d=True)
@@ -49,9 +49,7 @@ def read(path, rate=RATE):
 
 def write(path, tokens, rate=RATE):
     """Writes bytes `[position]` as a 16-bit recording."""
-    import soundfile
-
-    soundfile.write(path, decode(tokens), rate, subtype="PCM_16")
+    needed("soundfile").write(path, decode(tokens), rate, subtype="PCM_16")
 
 
 def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1, cache=None):
@@ -73,7 +71,7 @@ def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1, cache=None
         FileNotFoundError: there are fewer than three recordings.
         ValueError: a recording cannot be read or has no samples, or `held_out` does not fit.
     """
-    from tqdm import tqdm
+    tqdm = needed("tqdm").tqdm
 
     check_held_out(held_out)
     files = sorted(file for file in pathlib.Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)

@@ -5,6 +5,7 @@ import socket
 import numpy as np
 
 from stf.data.sequences import Splits
+from stf.extras import needed
 
 SHAPE = (32, 32, 3)
 SEED = 11172018  # the authors' follow-up code splits by RandomState(11172018).permutation
@@ -64,7 +65,7 @@ def labels(data_dir=None, download=True):
 
 def _prepared(data_dir, download):
     """tensorflow-datasets' builder of the data set, which is there."""
-    import tensorflow_datasets as tfds
+    tfds = needed("tensorflow_datasets")
 
     builder = tfds.builder("cifar10", data_dir=data_dir, try_gcs=False)
     if not builder.is_prepared():
@@ -83,7 +84,7 @@ def _prepared(data_dir, download):
 
 def _feature(builder, name, feature):
     """Images `[examples, 3072]` or labels `[examples]` of a split."""
-    import tensorflow_datasets as tfds
+    tfds = needed("tensorflow_datasets")
 
     examples = tfds.as_numpy(builder.as_dataset(split=name, shuffle_files=False))
     ordered = sorted(examples, key=lambda example: example["id"])  # that of the published files: tfds' own is a hash's

@@ -3,6 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
+from stf.extras import needed
+
 SHAPE = (64, 64, 3)
 NAME = "downsampled_imagenet/64x64"
 
@@ -19,7 +21,7 @@ def dataset(split, batch_size, data_dir=None, seed=None, skip=0, shard=(0, 1)):
         skip: batches to leave out at the start: what a resumed run has seen already. They are read over, not decoded.
         shard: (index, count): which rows of each batch are this worker's; others are not decoded.
     """
-    import tensorflow_datasets as tfds
+    tfds = needed("tensorflow_datasets")
 
     index, count = shard
     builder = tfds.builder(NAME, data_dir=data_dir)

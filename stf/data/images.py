@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 
 from stf.data.sequences import Splits, check_held_out, counts_of
+from stf.extras import needed
 
 GIANT = 2**25  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -16,7 +17,7 @@ def read(path, shape):
     Raises:
         ValueError: it is no image that can be read whole.
     """
-    from PIL import Image, ImageOps
+    Image, ImageOps = needed("PIL.Image"), needed("PIL.ImageOps")  # noqa: N806
 
     try:
         with Image.open(path) as image:
@@ -49,7 +50,7 @@ def load(folder, shape=(64, 64, 3), held_out=(0.05, 0.05), seed=0, verbose=1):
         FileNotFoundError: there are fewer than three images.
         ValueError: the shape or `held_out` does not fit, or an image cannot be read.
     """
-    from tqdm import tqdm
+    tqdm = needed("tqdm").tqdm
 
     check_held_out(held_out)
     if len(shape) != 3 or min(shape) < 1 or shape[2] != 3:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from stf.data.sequences import Splits
+from stf.extras import needed
 
 SIZE = 32
 # Each photograph is in one split only. Training takes squares that overlap by half, but for the night sky, of which
@@ -19,10 +20,10 @@ def cut(photograph, step=SIZE):
 
 def load():
     """`Splits` of the photographs' squares, split by photograph."""
-    import skimage.data
+    pictures = needed("skimage.data")
 
     splits = [
-        np.concatenate([cut(getattr(skimage.data, name)(), step) for name, step in photographs.items()])
+        np.concatenate([cut(getattr(pictures, name)(), step) for name, step in photographs.items()])
         for photographs in (TRAIN, VALIDATION, TEST)
     ]
     description = (

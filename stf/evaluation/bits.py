@@ -4,9 +4,9 @@ import math
 import time
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from stf.layers.validation import positive
 
@@ -67,10 +67,20 @@ def score(model, tokens, batch_size=16, verbose=0):
     batches = range(0, len(rows), positive("batch_size", batch_size))
     found = [np.zeros((0, rows.shape[1]), np.float32)]
     losses_of = _losses_of(model)
-    for begin in tqdm(batches, "scoring", disable=not verbose, unit="batch"):
+    bar = keras.utils.Progbar(len(batches), verbose=int(bool(verbose)), unit_name="batch")
+    for begin in batches:
         batch = rows[begin : begin + batch_size]
         found.append(-losses_of(batch, batch).numpy())
+        bar.add(1)
     return np.concatenate(found).reshape(tokens.shape)
+
+
+def progress_with_bits(dataset, verbose):
+    """A bar over a data set's batches that shows the last value of "bits" that it was given."""
+    size = int(dataset.cardinality().numpy())
+    return keras.utils.Progbar(
+        size if size >= 0 else None, verbose=int(bool(verbose)), stateful_metrics=["bits"], unit_name="batch"
+    )
 
 
 def _losses_of(model):
@@ -104,15 +114,14 @@ def evaluate(model, dataset, verbose=1):
 
     losses_of = _losses_of(model)
     found, total, count, begin = [], 0.0, 0, time.perf_counter()
-    size = dataset.cardinality().numpy()
-    with tqdm(dataset, "evaluating", total=size if size >= 0 else None, disable=not verbose, unit="batch") as bar:
-        for tokens, targets, *weights in bar:
-            losses = losses_of(tokens, targets).numpy()
-            losses = losses[weights[0].numpy() > 0] if weights else losses.reshape(-1)
-            found.append(losses)
-            total += losses.sum(dtype=np.float64)
-            count += losses.size
-            bar.set_postfix(bits=f"{total / max(count, 1) / math.log(2):.4f}")
+    bar = progress_with_bits(dataset, verbose)
+    for tokens, targets, *weights in dataset:
+        losses = losses_of(tokens, targets).numpy()
+        losses = losses[weights[0].numpy() > 0] if weights else losses.reshape(-1)
+        found.append(losses)
+        total += losses.sum(dtype=np.float64)
+        count += losses.size
+        bar.add(1, [("bits", total / max(count, 1) / math.log(2))])
     if not count:
         raise ValueError("dataset must have a token that counts. Received: none")
     return Evaluation(float(total / count / math.log(2)), count, np.concatenate(found), time.perf_counter() - begin)

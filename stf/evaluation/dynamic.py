@@ -6,9 +6,8 @@ import time
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
-from stf.evaluation.bits import Evaluation
+from stf.evaluation.bits import Evaluation, progress_with_bits
 
 LEAST = 0.1  # of the mean scale, beside a weight's own: a token that training data hardly had must not jump
 
@@ -32,11 +31,13 @@ def gradient_scales(model, dataset, verbose=1):
     squares = [tf.Variable(tf.zeros(weight.shape)) for weight in model.trainable_variables]
     losses_and_gradients = _losses_and_gradients(model)
     batches = 0
-    for tokens, targets, *weights in tqdm(dataset, "gradients", disable=not verbose, unit="batch"):
+    bar = progress_with_bits(dataset, verbose)
+    for tokens, targets, *weights in dataset:
         _, gradients = losses_and_gradients(tokens, targets, _weights_of(targets, weights))
         for square, gradient in zip(squares, gradients, strict=True):
             square.assign_add(tf.square(gradient))
         batches += 1
+        bar.add(1)
     if not batches:
         raise ValueError("dataset must have a batch. Received: none")
     return [np.sqrt(square.numpy() / batches) for square in squares]
@@ -99,20 +100,19 @@ def evaluate_dynamically(model, dataset, scales, learning_rate=3e-5, decay=0.0, 
     decays = [tf.constant(np.minimum(decay * scale / mean, 1), tf.float32) for scale in scales]
     losses_and_gradients = _losses_and_gradients(model)
     found, total, count, begin = [], 0.0, 0, time.perf_counter()
-    size = dataset.cardinality().numpy()
-    with tqdm(dataset, "reading", total=size if size >= 0 else None, disable=not verbose, unit="batch") as bar:
-        for tokens, targets, *weights in bar:
-            weights = _weights_of(targets, weights)
-            losses, gradients = losses_and_gradients(tokens, targets, weights)
-            gradients, _ = tf.clip_by_global_norm(gradients, usual)
-            for weight, first, gradient, rate, back in zip(
-                model.trainable_variables, trained, gradients, rates, decays, strict=True
-            ):
-                weight.assign(weight.value - rate * gradient + back * (first - weight.value))
-            found.append(losses.numpy()[weights.numpy() > 0])
-            total += found[-1].sum(dtype=np.float64)
-            count += found[-1].size
-            bar.set_postfix(bits=f"{total / max(count, 1) / math.log(2):.4f}")
+    bar = progress_with_bits(dataset, verbose)
+    for tokens, targets, *weights in dataset:
+        weights = _weights_of(targets, weights)
+        losses, gradients = losses_and_gradients(tokens, targets, weights)
+        gradients, _ = tf.clip_by_global_norm(gradients, usual)
+        for weight, first, gradient, rate, back in zip(
+            model.trainable_variables, trained, gradients, rates, decays, strict=True
+        ):
+            weight.assign(weight.value - rate * gradient + back * (first - weight.value))
+        found.append(losses.numpy()[weights.numpy() > 0])
+        total += found[-1].sum(dtype=np.float64)
+        count += found[-1].size
+        bar.add(1, [("bits", total / max(count, 1) / math.log(2))])
     if not count:
         raise ValueError("dataset must have a token that counts. Received: none")
     return Evaluation(float(total / count / math.log(2)), count, np.concatenate(found), time.perf_counter() - begin)

@@ -8,7 +8,6 @@ import pathlib
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from stf import patterns as stf_patterns
 from stf.distribution.sequence_parallel import SequenceParallelTrainer
@@ -316,8 +315,10 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
 
         found = [np.zeros((0, self.model_dim), np.float32)]
         batches = range(0, len(tokens), positive("batch_size", batch_size))
-        for begin in tqdm(batches, "features", disable=not verbose, unit="batch"):
+        bar = keras.utils.Progbar(len(batches), verbose=int(bool(verbose)), unit_name="batch")
+        for begin in batches:
             found.append(of_batch(tf.constant(tokens[begin : begin + batch_size], tf.int32)).numpy())
+            bar.add(1)
         return np.concatenate(found)
 
     def call(self, inputs, training=None):

@@ -93,7 +93,7 @@ def reference(query, key, value, mask, lengths, scale, dtype, sinks=None):
     score = torch.einsum("bihd,bjhd->bhij", query, key) * scale
     allowed = mask if mask.dim() == 4 else mask[None]
     if lengths is not None:
-        used = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
+        used = torch.arange(mask.shape[-1], device=mask.device)[None] < lengths[:, None]
         allowed = allowed & used[:, None, :, None] & used[:, None, None, :]
     if sinks is not None:  # a key of its own, with value 0
         sink = sinks.to(dtype)[None, :, None, None].expand(*score.shape[:3], 1)
@@ -127,7 +127,7 @@ def spelled_out(query, key, value, mask, lengths, scale, dtype, output_grad, sum
     score = torch.einsum("bihd,bjhd->bhij", query, key) * scale
     weight = torch.exp(score - log_sum_exp[..., None]).masked_fill(~mask, 0).nan_to_num(0, 0, 0)
     if lengths is not None:
-        used = torch.arange(mask.shape[1], device=mask.device)[None] < lengths[:, None]
+        used = torch.arange(mask.shape[-1], device=mask.device)[None] < lengths[:, None]
         weight = weight * used[:, None, :, None] * used[:, None, None, :]
     delta = (output_grad * output).sum(-1).transpose(1, 2)
     if sum_grad is not None:

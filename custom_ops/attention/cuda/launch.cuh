@@ -72,7 +72,7 @@ struct Type {
   using type = P;
 };
 
-template <typename T, int kKeyDepth, int kValueDepth, bool kGeneral>
+template <typename T, int kKeyDepth, int kValueDepth, bool kGeneral, bool kDocuments>
 cudaError_t RunSm90(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
   if (launch.work_tiles == 0) return cudaSuccess;
   if (launch.work_tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
@@ -83,31 +83,39 @@ cudaError_t RunSm90(Pass pass, const Arguments& args, const Launch& launch, cons
     return StartSm90(Sm90Kernel<P>, Tile::kThreads, Tile::kBytes, resident, pass, kKeyDepth, kValueDepth, args, launch, stream);
   };
   if (pass == kForward) {
-    return Partial(args) ? start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, true>>())
-                         : start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, false>>());
+    return Partial(args) ? start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, kDocuments, true>>())
+                         : start(Type<Forward<T, kKeyDepth, kValueDepth, kGeneral, kDocuments, false>>());
   }
   if (pass == kBackward) {
     if constexpr (!kGeneral && FindSm90BackwardTile({kKeyDepth, kValueDepth}).accumulators > 0) {
       using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
-      return StartSm90(Sm90BackwardKernel<T, kKeyDepth, kValueDepth>, Pipeline::kThreads, Pipeline::kTile.bytes(), machine.multiprocessors,
-                       pass, kKeyDepth, kValueDepth, args, launch, stream);
+      return StartSm90(Sm90BackwardKernel<T, kKeyDepth, kValueDepth, kDocuments>, Pipeline::kThreads, Pipeline::kTile.bytes(),
+                       machine.multiprocessors, pass, kKeyDepth, kValueDepth, args, launch, stream);
     }
     return cudaErrorInvalidConfiguration;
   }
-  if (pass == kQueryGrad) return start(Type<QueryGrad<T, kKeyDepth, kValueDepth, kGeneral>>());
-  return start(Type<KeyGrad<T, kKeyDepth, kValueDepth, kGeneral>>());
+  if (pass == kQueryGrad) return start(Type<QueryGrad<T, kKeyDepth, kValueDepth, kGeneral, kDocuments>>());
+  return start(Type<KeyGrad<T, kKeyDepth, kValueDepth, kGeneral, kDocuments>>());
 }
 
-template <typename T, int kKeyDepth, int kValueDepth, int kRows>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, bool kDocuments>
 cudaError_t RunSm90Packed(Pass pass, const Arguments& args, const Launch& launch, cudaStream_t stream) {
   using Tile = Sm90PackedTile<kKeyDepth, kValueDepth, kRows>;
   if (pass == kPackedForward) {
-    return Start(Partial(args) ? Sm90PackedForwardKernel<T, kKeyDepth, kValueDepth, kRows, sizeof(T) == 2>
-                               : Sm90PackedForwardKernel<T, kKeyDepth, kValueDepth, kRows, false>,
+    return Start(Partial(args) ? Sm90PackedForwardKernel<T, kKeyDepth, kValueDepth, kRows, kDocuments, sizeof(T) == 2>
+                               : Sm90PackedForwardKernel<T, kKeyDepth, kValueDepth, kRows, kDocuments, false>,
                  kPackedThreads, Tile::kForwardBytes, launch.tiles, args, launch, stream);
   }
-  return Start(Sm90PackedBackwardKernel<T, kKeyDepth, kValueDepth, kRows>, kPackedThreads, Tile::kBackwardBytes, launch.tiles, args, launch,
-               stream);
+  return Start(Sm90PackedBackwardKernel<T, kKeyDepth, kValueDepth, kRows, kDocuments>, kPackedThreads, Tile::kBackwardBytes, launch.tiles,
+               args, launch, stream);
+}
+
+// Whatever pass, of a launch that is not general.
+template <typename T, int kKeyDepth, int kValueDepth, bool kDocuments>
+cudaError_t RunSm90Regular(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
+  if (pass <= kBackward) return RunSm90<T, kKeyDepth, kValueDepth, false, kDocuments>(pass, args, launch, machine, stream);
+  if (launch.packed_rows <= 64) return RunSm90Packed<T, kKeyDepth, kValueDepth, 64, kDocuments>(pass, args, launch, stream);
+  return RunSm90Packed<T, kKeyDepth, kValueDepth, 128, kDocuments>(pass, args, launch, stream);
 }
 
 // A pass over tiles by the kernels of every card, with the tiles for so much shared memory.
@@ -152,13 +160,10 @@ template <typename T, int kIndex>
 cudaError_t Run(Pass pass, const Arguments& args, const Launch& launch, const Machine& machine, cudaStream_t stream) {
   constexpr int kKeyDepth = kDepths[kIndex].key, kValueDepth = kDepths[kIndex].value;
   if constexpr (HasSm90Kernels(sizeof(T), kDepths[kIndex])) {
-    if (launch.sm90 && pass <= kBackward) {
-      return launch.general ? RunSm90<T, kKeyDepth, kValueDepth, true>(pass, args, launch, machine, stream)
-                            : RunSm90<T, kKeyDepth, kValueDepth, false>(pass, args, launch, machine, stream);
-    }
     if (launch.sm90) {
-      return launch.packed_rows <= 64 ? RunSm90Packed<T, kKeyDepth, kValueDepth, 64>(pass, args, launch, stream)
-                                      : RunSm90Packed<T, kKeyDepth, kValueDepth, 128>(pass, args, launch, stream);
+      if (launch.general) return RunSm90<T, kKeyDepth, kValueDepth, true, true>(pass, args, launch, machine, stream);
+      return args.documents ? RunSm90Regular<T, kKeyDepth, kValueDepth, true>(pass, args, launch, machine, stream)
+                            : RunSm90Regular<T, kKeyDepth, kValueDepth, false>(pass, args, launch, machine, stream);
     }
   }
   if (pass <= kKeyGrad) {

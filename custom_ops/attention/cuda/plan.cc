@@ -193,7 +193,6 @@ class Planner {
     launch.key_write = pass.key_write;
     launch.packed_rows = pass.packed_rows;
     launch.sm90 = pass.sm90;
-    launch.general = problem_.documents != nullptr && pass.kind != kBackward;  // that one has documents anyway
     return launch;
   }
 

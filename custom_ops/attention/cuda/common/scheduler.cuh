@@ -55,9 +55,10 @@ __device__ inline int CountKeys(const Launch& launch, const Component& c, int se
   return blocks * width + min(width, max(0, end - blocks * c.a - c.b));
 }
 
-// A batch row's documents, or null.
+// A batch row's documents, or null. Kernels without kDocuments have none.
+template <bool kDocuments = true>
 __device__ inline const int32_t* DocumentsOf(const Arguments& args, int batch) {
-  return args.documents ? args.documents + int64_t{2} * batch * args.positions : nullptr;
+  return kDocuments && args.documents ? args.documents + int64_t{2} * batch * args.positions : nullptr;
 }
 
 __device__ inline View FindView(const Arguments& args, const Launch& launch, int sequence, int batch) {

@@ -75,7 +75,7 @@ struct BackwardPipeline {
 
 // One warp: keys and values of the key blocks, queries and output gradients of the tiles, and where delta is to be found the outputs of
 // those that are new.
-template <int kKeyDepth, int kValueDepth>
+template <bool kDocuments, int kKeyDepth, int kValueDepth>
 __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDepth>& pipeline, const Arguments& args, const Launch& launch,
                                     const Maps& maps) {
   using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
@@ -83,7 +83,7 @@ __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDept
   PipelineState<2> own;
   PipelineState<1> output;
   PipelineState<Pipeline::kStages> state;
-  KeyBlockWalk walk(args, launch);
+  KeyBlockWalk<kDocuments> walk(args, launch);
   KeyBlock block = {};
   while (walk.Next(&block)) {
     const int variant = Variant(maps, block.sequence);
@@ -129,7 +129,7 @@ __device__ inline void ProduceTiles(const BackwardPipeline<kKeyDepth, kValueDept
 
 // Three warps: log-sum-exp and delta of each tile that is new. The first launch of a call finds delta, in shared memory, and leaves it for
 // the others.
-template <typename T, int kKeyDepth, int kValueDepth>
+template <typename T, bool kDocuments, int kKeyDepth, int kValueDepth>
 __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValueDepth>& pipeline, const Arguments& args,
                                          const Launch& launch) {
   using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
@@ -138,10 +138,10 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
   PipelineState<2> own;
   PipelineState<1> output;
   PipelineState<Pipeline::kStages> state;
-  KeyBlockWalk walk(args, launch);
+  KeyBlockWalk<kDocuments> walk(args, launch);
   KeyBlock block = {};
   while (walk.Next(&block)) {
-    const View view = block.ViewOf(args, launch);
+    const View view = block.template ViewOf<kDocuments>(args, launch);
     const int64_t statistics = StatisticsBase(args, block.batch, block.head);
     // Whoever read what is written over here has left the key block before the last one. These warps wait at every block, and all wait for
     // them: so nobody is ever a phase and more away from the one that is waited for.
@@ -204,7 +204,7 @@ __device__ inline void ProduceStatistics(const BackwardPipeline<kKeyDepth, kValu
 
 // The mainloop of a warpgroup, a half of the keys. A step is a tile of queries. The two warpgroups go their own ways, but for adding to the
 // query gradients: first half first.
-template <typename T, int kKeyDepth, int kValueDepth>
+template <typename T, int kKeyDepth, int kValueDepth, bool kDocuments>
 class BackwardMainloop {
  public:
   using Pipeline = BackwardPipeline<kKeyDepth, kValueDepth>;
@@ -227,7 +227,7 @@ class BackwardMainloop {
   using ValueTile = SharedTile<kValueDepth, kBackwardKeys>;
 
   __device__ void Visit(const KeyBlock& block) {
-    const View view = block.ViewOf(args_, launch_);
+    const View view = block.template ViewOf<kDocuments>(args_, launch_);
     const Head head = block.HeadOf(launch_);
     const Context context = {args_, head, view};
     const Component* const component = head.components + (__ffsll(head.members) - 1);
@@ -338,7 +338,7 @@ class BackwardMainloop {
   uint32_t phase_ = 0;  // of the steps
 };
 
-template <typename T, int kKeyDepth, int kValueDepth>
+template <typename T, int kKeyDepth, int kValueDepth, bool kDocuments>
 __global__ __launch_bounds__((BackwardPipeline<kKeyDepth, kValueDepth>::kThreads),
                              1) void Sm90BackwardKernel(const __grid_constant__ Arguments args, const __grid_constant__ Launch launch,
                                                         const __grid_constant__ Maps maps) {
@@ -350,14 +350,14 @@ __global__ __launch_bounds__((BackwardPipeline<kKeyDepth, kValueDepth>::kThreads
   if (threadIdx.x >= Pipeline::kConsumers) {
     DeallocateRegisters<Pipeline::kProducerRegisters>();
     if (threadIdx.x < Pipeline::kConsumers + 32) {
-      ProduceTiles(pipeline, args, launch, maps);
+      ProduceTiles<kDocuments>(pipeline, args, launch, maps);
     } else {
-      ProduceStatistics<T>(pipeline, args, launch);
+      ProduceStatistics<T, kDocuments>(pipeline, args, launch);
     }
     return;
   }
   AllocateRegisters<Pipeline::kConsumerRegisters>();
-  BackwardMainloop<T, kKeyDepth, kValueDepth>(pipeline, args, launch).Run();
+  BackwardMainloop<T, kKeyDepth, kValueDepth, kDocuments>(pipeline, args, launch).Run();
 #endif
 }
 

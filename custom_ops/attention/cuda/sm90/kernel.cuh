@@ -36,7 +36,8 @@ __device__ inline void ClearOwn(const Arguments& args, const WorkTile& work_tile
 }
 
 // A pass P has
-//   Tile, kByKey (whether the block's rows are keys), kGeneral (whether masks may be more than intervals),
+//   Tile, kByKey (whether the block's rows are keys), kGeneral (whether masks may be more than intervals), kDocuments (whether there may be
+//   documents),
 //   kKeyDepth, kValueDepth and kOwnValueDepth (0 where the block has one tensor's rows alone), kStageArrivals,
 //   Load(pipeline, args, launch, maps): the producer's work,
 //   P(args, launch, work_tile, view, row): the prologue of a tile, whose rows `row` and row + 8 are the thread's,
@@ -66,7 +67,7 @@ __global__ __launch_bounds__((P::Tile::kThreads), (P::Tile::kBlocks)) void Sm90K
     WaitBarrier(pipeline.OwnFull(own.stage), own.phase);
     const WorkTile work_tile = *pipeline.WorkTileOf(own.stage);
     if (work_tile.batch < 0) return;
-    const View view = work_tile.template ViewOf<P::kGeneral>(args, launch);
+    const View view = work_tile.template ViewOf<P::kDocuments>(args, launch);
     const Head head = work_tile.HeadOf(launch);
     const Context context = {args, head, view};
     const int warpgroup_begin = work_tile.first + warpgroup_row;

@@ -20,13 +20,15 @@ struct __align__(16) KeyBlock {
   int slot;                            // plus a tile: which of the tiles that the block of threads visits, counted from 0
   int key_head;
 
+  template <bool kDocuments>
   __device__ View ViewOf(const Arguments& args, const Launch& launch) const {
-    return {start, launch.stride, count, DocumentsOf(args, batch)};
+    return {start, launch.stride, count, DocumentsOf<kDocuments>(args, batch)};
   }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 };
 
 // The key blocks of a block of threads, one after another.
+template <bool kDocuments>
 class KeyBlockWalk {
  public:
   __device__ KeyBlockWalk(const Arguments& args, const Launch& launch) : args_(args), launch_(launch), unit_(blockIdx.x) {}
@@ -39,7 +41,7 @@ class KeyBlockWalk {
       }
       const Component& component = launch_.components[launch_.begin[block->program] + component_];
       const int index = next_++, last = min((index + 1) * kBackwardKeys, block->existing) - 1;
-      const int reached = min(QueriesOf(component, block->ViewOf(args_, launch_), last).high, block->count);
+      const int reached = min(QueriesOf(component, block->template ViewOf<kDocuments>(args_, launch_), last).high, block->count);
       block->first = index * kBackwardKeys;
       block->end = last + 1;
       block->tile_begin = max(index, run_) * (kBackwardKeys / 64);
@@ -76,7 +78,9 @@ class KeyBlockWalk {
     component_ = __ffsll(launch_.members[work.program]) - 1;
     run_ = run;
     end_ = min(run + launch_.run, (block->existing + kBackwardKeys - 1) / kBackwardKeys);
-    next_ = min(run, KeysOf(work.components.components[component_], view, run * kBackwardKeys).low / kBackwardKeys);
+    next_ = min(
+        run, KeysOf(work.components.components[component_], block->template ViewOf<kDocuments>(args_, launch_), run * kBackwardKeys).low /
+                 kBackwardKeys);
     seen_ = run * (kBackwardKeys / 64);
     block->tile_stop = end_ * (kBackwardKeys / 64);
     block->slot = visited_ - seen_;

@@ -122,6 +122,8 @@ class WarpgroupWalk {
         const View& view = context_.view;
         next_ = (kByKey ? QueriesOf(c, view, first_) : KeysOf(c, view, first_)).low;
         end_ = kByKey ? min(QueriesOf(c, view, last_).high, view.count) : KeysOf(c, view, last_).high;
+        // Columns of a summary are copied some at a time, from a block's first on.
+        if (!kByKey && view.documents && c.kind == STF_SUMMARY) next_ = static_cast<int>(SummaryBlock(c, next_)) * (c.c - c.b);
       }
       *segment = {component_, next_, min(kStageRows, end_ - next_)};
       next_ += kStageRows;

@@ -59,7 +59,7 @@ struct Packs {
 
 // WarpgroupMask of packed rows [warpgroup_begin, warpgroup_begin + 64): queries see keys of their own sequence, `distance` or more before
 // them.
-template <bool kByKey>
+template <bool kByKey, bool kDocuments>
 __device__ inline void FindPackedMask(WarpgroupMask<kByKey, false>* mask, const Component* component, const Arguments& args,
                                       const Launch& launch, int batch, const Packs& packs, int warpgroup_begin, int end) {
   mask->component = component;
@@ -76,11 +76,11 @@ __device__ inline void FindPackedMask(WarpgroupMask<kByKey, false>* mask, const 
     const Interval sequence = packs.Of(launch, row, end);
     const bool used = row < packs.rows && row < sequence.high;
     mask->rows[r] = !used ? Interval{0, 0} : kByKey ? Interval{row + distance, sequence.high} : Interval{sequence.low, row + 1 - distance};
-    if (args.documents && used) packs.Cut<kByKey>(launch, DocumentsOf(args, batch), row, sequence.low, &mask->rows[r]);
+    if (kDocuments && args.documents && used) packs.Cut<kByKey>(launch, DocumentsOf(args, batch), row, sequence.low, &mask->rows[r]);
   }
 }
 
-template <typename T, int kKeyDepth, int kValueDepth, int kRows, bool kPartial>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, bool kDocuments, bool kPartial>
 __global__ __launch_bounds__(kPackedThreads,
                              (kKeyDepth <= 32 ? 4 : 3)) void Sm90PackedForwardKernel(const __grid_constant__ Arguments args,
                                                                                      const __grid_constant__ Launch launch) {
@@ -120,7 +120,7 @@ __global__ __launch_bounds__(kPackedThreads,
       outputs.Continue(&softmax, args, true);
     }
     WarpgroupMask<false, false> mask;
-    FindPackedMask<false>(&mask, component, args, launch, work.batch, packs, warpgroup_begin, end);
+    FindPackedMask<false, kDocuments>(&mask, component, args, launch, work.batch, packs, warpgroup_begin, end);
     if (waiting) FinishCopies();
     waiting = false;
     for (int begin = 0; begin <= warpgroup_begin; begin += kStageRows) {
@@ -144,7 +144,7 @@ constexpr int PackedBackwardBlocks(int key_depth, int value_depth, int rows) {
 
 // A pass of five products: the scores' gradients leave registers for shared memory, where the query gradients' product reads them the other
 // way around. Those of the second half's queries and the first half's keys wait there for the second half's.
-template <typename T, int kKeyDepth, int kValueDepth, int kRows>
+template <typename T, int kKeyDepth, int kValueDepth, int kRows, bool kDocuments>
 __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kValueDepth, kRows))) void Sm90PackedBackwardKernel(
     const __grid_constant__ Arguments args, const __grid_constant__ Launch launch) {
 #if STF_HAS_WGMMA
@@ -213,7 +213,7 @@ __global__ __launch_bounds__(kPackedThreads, (PackedBackwardBlocks(kKeyDepth, kV
     Clear(key_sum);
     Clear(value_sum);
     WarpgroupMask<true, false> mask;
-    FindPackedMask<true>(&mask, component, args, launch, work.batch, packs, key_begin, end);
+    FindPackedMask<true, kDocuments>(&mask, component, args, launch, work.batch, packs, key_begin, end);
 #pragma unroll
     for (int begin = kRows - 64; begin >= key_begin; begin -= 64) {
       const WarpgroupSegment segment = {component, begin, kStageRows};

@@ -17,7 +17,7 @@ __device__ inline int FirstColumn(const Component& c) { return c.kind == STF_SUM
 
 // The producer warp of a launch by queries: own rows are the queries' (kGrads: and the output gradients'); keys and
 // values stream.
-template <typename Tile, int kKeyDepth, int kValueDepth, bool kGrads, bool kGeneral>
+template <typename Tile, int kKeyDepth, int kValueDepth, bool kGrads, bool kGeneral, bool kDocuments>
 __device__ inline void ProduceByQuery(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
   auto copy_own = [&](const WorkTile& work_tile, uint32_t tile, uint32_t full) {
     const int sequence = work_tile.sequence, variant = Variant(maps, sequence);
@@ -42,22 +42,22 @@ __device__ inline void ProduceByQuery(const Pipeline<Tile>& pipeline, const Argu
     CopyRows<kValueDepth, kStageRows>(tile + Tile::kStageKeyBytes, maps.streamed[1][variant], 64, full, work_tile.batch, work_tile.key_head,
                                       sequence, index);
   };
-  Produce<Tile, false, kGeneral>(pipeline, args, launch, copy_own, copy,
-                                 [](const WorkTile&, const WarpgroupSegment&, uint32_t, uint32_t) {});
+  Produce<Tile, false, kGeneral, kDocuments>(pipeline, args, launch, copy_own, copy,
+                                             [](const WorkTile&, const WarpgroupSegment&, uint32_t, uint32_t) {});
 }
 
 // Output and log-sum-exp of a tile of queries. kPartial: see OutputRows.
-template <typename T, int kKey, int kValue, bool kGeneralMask, bool kPartial>
+template <typename T, int kKey, int kValue, bool kGeneralMask, bool kWithDocuments, bool kPartial>
 struct Forward {
   using Tile = KernelTile<kForward, kKey, kValue>;
   static constexpr int kKeyDepth = kKey, kValueDepth = kValue, kOwnValueDepth = 0, kStageArrivals = 1;
-  static constexpr bool kByKey = false, kGeneral = kGeneralMask;
+  static constexpr bool kByKey = false, kGeneral = kGeneralMask, kDocuments = kWithDocuments;
 
   Softmax<T, kKey, kValue> softmax;
   bool settled = false;
 
   __device__ static void Load(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
-    ProduceByQuery<Tile, kKey, kValue, false, kGeneral>(pipeline, args, launch, maps);
+    ProduceByQuery<Tile, kKey, kValue, false, kGeneral, kDocuments>(pipeline, args, launch, maps);
   }
 
   __device__ Forward(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int row) {
@@ -89,16 +89,16 @@ struct Forward {
 };
 
 // Query gradients of a tile of queries. The first launch of a call leaves delta for the others.
-template <typename T, int kKey, int kValue, bool kGeneralMask>
+template <typename T, int kKey, int kValue, bool kGeneralMask, bool kWithDocuments>
 struct QueryGrad {
   using Tile = KernelTile<kQueryGrad, kKey, kValue>;
   static constexpr int kKeyDepth = kKey, kValueDepth = kValue, kOwnValueDepth = kValue, kStageArrivals = 1;
-  static constexpr bool kByKey = false, kGeneral = kGeneralMask;
+  static constexpr bool kByKey = false, kGeneral = kGeneralMask, kDocuments = kWithDocuments;
 
   float sum[kKey / 8][4], log_sum_exp[2], delta[2];
 
   __device__ static void Load(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, const Maps& maps) {
-    ProduceByQuery<Tile, kKey, kValue, true, kGeneral>(pipeline, args, launch, maps);
+    ProduceByQuery<Tile, kKey, kValue, true, kGeneral, kDocuments>(pipeline, args, launch, maps);
   }
 
   __device__ QueryGrad(const Arguments& args, const Launch& launch, const WorkTile& work_tile, const View& view, int first_row) {
@@ -140,12 +140,12 @@ struct QueryGrad {
 };
 
 // Key and value gradients of a tile of keys.
-template <typename T, int kKey, int kValue, bool kGeneralMask>
+template <typename T, int kKey, int kValue, bool kGeneralMask, bool kWithDocuments>
 struct KeyGrad {
   using Tile = KernelTile<kKeyGrad, kKey, kValue>;
   static constexpr int kKeyDepth = kKey, kValueDepth = kValue, kOwnValueDepth = kValue;
   static constexpr int kStageArrivals = 1 + 32;  // each lane's copies of statistics arrive, too
-  static constexpr bool kByKey = true, kGeneral = kGeneralMask;
+  static constexpr bool kByKey = true, kGeneral = kGeneralMask, kDocuments = kWithDocuments;
 
   float key_sum[kKey / 8][4], value_sum[kValue / 8][4];
 
@@ -180,7 +180,7 @@ struct KeyGrad {
       }
       ArriveAfterCopies(full);
     };
-    Produce<Tile, true, kGeneral>(pipeline, args, launch, copy_own, copy, copy_statistics);
+    Produce<Tile, true, kGeneral, kDocuments>(pipeline, args, launch, copy_own, copy, copy_statistics);
   }
 
   __device__ KeyGrad(const Arguments&, const Launch&, const WorkTile&, const View&, int) {

@@ -144,10 +144,10 @@ struct __align__(16) WorkTile {
   }
 
   __device__ View ViewOf(const Launch& launch) const { return {start, launch.stride, count}; }
-  // The same with its documents, which launches that are general may have.
-  template <bool kGeneral>
+  // The same with its documents.
+  template <bool kDocuments>
   __device__ View ViewOf(const Arguments& args, const Launch& launch) const {
-    return {start, launch.stride, count, kGeneral ? DocumentsOf(args, batch) : nullptr};
+    return {start, launch.stride, count, DocumentsOf<kDocuments>(args, batch)};
   }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 
@@ -226,7 +226,7 @@ __device__ inline void AllocateRegisters() {
 
 // The producer warp. copy_own(work_tile, tile, barrier) and copy(work_tile, segment, tile, full) are called by lane 0, and by all lanes
 // copy_more(work_tile, segment, stage, full), which arrives 32 times if at all.
-template <typename Tile, bool kByKey, bool kGeneral, typename CopyOwn, typename Copy, typename CopyMore>
+template <typename Tile, bool kByKey, bool kGeneral, bool kDocuments, typename CopyOwn, typename Copy, typename CopyMore>
 __device__ inline void Produce(const Pipeline<Tile>& pipeline, const Arguments& args, const Launch& launch, CopyOwn copy_own, Copy copy,
                                CopyMore copy_more) {
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -242,7 +242,7 @@ __device__ inline void Produce(const Pipeline<Tile>& pipeline, const Arguments& 
       copy_own(work_tile, pipeline.Own(own.stage), pipeline.OwnFull(own.stage));
     }
     own.Next();
-    const View view = work_tile.ViewOf<kGeneral>(args, launch);
+    const View view = work_tile.ViewOf<kDocuments>(args, launch);
     const Head head = work_tile.HeadOf(launch);
     const Context context = {args, head, view};
     WarpgroupWalk<kByKey, kGeneral> walk(context, work_tile.first, work_tile.end - 1);
