@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ops.cases import HEADS, NAMES, case
-from ops.float64_reference import DTYPES, Results, error_budgets, largest_errors, random_inputs
+from ops.float64_reference import DTYPES, Results, ResultsWithSink, error_budgets, largest_errors, random_inputs
+from paper_sets import segment_ids, within_documents
 
 import stf
 
@@ -23,19 +24,25 @@ pytestmark = [
 PATTERN = stf.patterns.Local(12) | stf.patterns.Strided(12)
 
 
-def run_on(device, inputs, pattern):
+def run_on(device, inputs, pattern, ids=None, restart=False):
     with tf.device(device):
         tensors = [tf.constant(x) for x in inputs[:3]]
         lengths = None if inputs.lengths is None else tf.constant(np.asarray(inputs.lengths, "int32"))
+        if inputs.sink is not None:
+            tensors.append(tf.constant(inputs.sink))
+        more = {"documents": None if ids is None else stf.ops.document_bounds(ids), "restart": restart}
         with tf.GradientTape() as tape:
             tape.watch(tensors)
-            outputs = stf.ops.attention(*tensors, pattern, lengths=lengths, scale=inputs.scale, return_log_sum_exp=True)
+            more["sink"] = None if inputs.sink is None else tensors[3]
+            outputs = stf.ops.attention(
+                *tensors[:3], pattern, lengths=lengths, scale=inputs.scale, return_log_sum_exp=True, **more
+            )
         upstream = [
             tf.cast(x, y.dtype) for x, y in zip((inputs.output_grad, inputs.log_sum_exp_grad), outputs, strict=True)
         ]
         results = (*outputs, *tape.gradient(outputs, tensors, upstream))
     assert all(device.strip("/") in x.device for x in results)
-    return Results(*(x.numpy() for x in results))
+    return (Results if inputs.sink is None else ResultsWithSink)(*(x.numpy() for x in results))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,6 +58,38 @@ def test_every_pattern_against_float64(name, dtype):
             assert error <= budget, (
                 f"{which} is wrong by {error:.3g}, more than {budget:.3g}: {l} {n} {depths} {lengths}"
             )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_shared_heads_and_sinks_against_float64(name, dtype):
+    ids = segment_ids(205, 4)
+    pattern, mask = case(name, 12, 205)
+    for restart, key_heads, depths in ((False, 1, (24, 40)), (True, HEADS, (64, 128)), (True, 1, (64, 64))):
+        inputs = random_inputs(3, 4, 205, HEADS, *depths, dtype, [205, 150, 3, 9], key_heads=key_heads, with_sink=True)
+        truth, budgets = error_budgets(inputs, within_documents(mask, ids, restart))
+        results = run_on("GPU:0", inputs, pattern, ids, restart)
+        for which, error, budget in zip(truth._fields, largest_errors(results, truth), budgets, strict=True):
+            assert error <= budget, f"{which} is wrong by {error:.3g}, more than {budget:.3g}: {restart} {key_heads}"
+
+
+@pytest.mark.parametrize("name", ["merged_strided", "merged_fixed", "blocks_and_local"])
+def test_documents_under_xla_give_the_same_bits(name):
+    ids = tf.constant(segment_ids(205, 4))
+    pattern, _ = case(name, 12, 205)
+    inputs = random_inputs(3, 4, 205, HEADS, 64, 64, "bfloat16", key_heads=1, with_sink=True)
+
+    def step(ids, query, key, value, sink):
+        with tf.GradientTape() as tape:
+            tape.watch([query, key, value])
+            output = stf.ops.attention(
+                query, key, value, pattern, documents=stf.ops.document_bounds(ids), restart=True, sink=sink
+            )
+        return output, *tape.gradient(output, [query, key, value], tf.constant(inputs.output_grad))
+
+    tensors = [ids, *map(tf.constant, inputs[:3]), tf.constant(inputs.sink)]
+    for compiled, plain in zip(tf.function(step, jit_compile=True)(*tensors), step(*tensors), strict=True):
+        np.testing.assert_array_equal(tf.cast(compiled, tf.float32), tf.cast(plain, tf.float32))
 
 
 def test_cpu_and_gpu_agree():

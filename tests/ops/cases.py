@@ -7,7 +7,7 @@ import paper_sets as sets
 import tensorflow as tf
 
 import stf
-from ops.float64_reference import Results, error_budgets, largest_errors
+from ops.float64_reference import Results, ResultsWithSink, error_budgets, largest_errors
 
 HEADS = 3
 NAMES = (
@@ -109,13 +109,14 @@ def run(inputs, pattern, op=None, **arguments):
     upstream = [
         tf.cast(x, y.dtype) for x, y in zip((inputs.output_grad, inputs.log_sum_exp_grad), outputs, strict=True)
     ]
-    return Results(*(x.numpy() for x in (*outputs, *tape.gradient(outputs, tensors, upstream))))
+    kind = Results if inputs.sink is None else ResultsWithSink
+    return kind(*(x.numpy() for x in (*outputs, *tape.gradient(outputs, tensors, upstream))))
 
 
 def check(inputs, pattern, mask, words="", **arguments):
     """Runs the op and compares outputs and gradients with the float64 reference, within measured budgets."""
     truth, budgets = error_budgets(inputs, mask)
     results = run(inputs, pattern, **arguments)
-    for name, error, budget in zip(Results._fields, largest_errors(results, truth), budgets, strict=True):
+    for name, error, budget in zip(truth._fields, largest_errors(results, truth), budgets, strict=True):
         assert error <= budget, f"{name} is wrong by {error:.3g}, more than {budget:.3g}: {pattern!r} {words}"
     return results

@@ -100,7 +100,7 @@ def test_scores_far_apart():
     """Scores of several hundred: the softmax must not overflow, and one key takes all."""
     inputs = random_inputs(5, 1, 90, HEADS, 16, 8, scale=60.0)
     results = check(inputs, *case("merged_strided", 9, 90))
-    assert all(np.isfinite(x).all() for x in results[:5])
+    assert all(np.isfinite(x).all() for x in results)
     assert abs(results.log_sum_exp).max() > 300
 
 
@@ -117,7 +117,7 @@ def test_no_heads():
     for name in NAMES:
         inputs = random_inputs(2, 2, 10, 0, 4, 6)
         results = run(inputs, case(name, 3, 10)[0])
-        assert [x.shape for x in results[:5]] == [
+        assert [x.shape for x in results] == [
             (2, 10, 0, 6),
             (2, 0, 10),
             (2, 10, 0, 4),
