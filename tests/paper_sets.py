@@ -44,6 +44,11 @@ def summary(n, stride, c, sub_block=0):
     return from_rule(n, lambda i, j: stride - c * (sub_block + 1) <= j % stride < stride - c * sub_block)
 
 
+def first(n, size):
+    """{j <= i : j < size}: what sinks are, beside the paper."""
+    return causal(n) & (np.arange(n)[None, :] < size)
+
+
 def summary_of_head(n, stride, c, head):
     """The same where every head takes its own sub-block, s = head mod floor(l / c)."""
     return summary(n, stride, c, head % (stride // c))

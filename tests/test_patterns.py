@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stf import patterns
-from stf.patterns import Blocks, Causal, Fixed, Local, OwnBlock, PerHead, Strided, Summary, Union
+from stf.patterns import Blocks, Causal, Fixed, Local, OwnBlock, PerHead, Sink, Strided, Summary, Union, Window
 
 # (length, stride, summary): around the stride, primes, a cut block, summary not a divisor.
 SIZES = [
@@ -34,7 +34,7 @@ def stacks(draw, n=None):
     kin = draw(st.integers(1, 8))
     size = st.sampled_from([kin, kin, 2 * kin, 3 * kin]) | st.integers(1, 14)
     parts, masks = [], []
-    for kind in draw(st.lists(st.sampled_from("clsobfm"), min_size=1, max_size=5)):
+    for kind in draw(st.lists(st.sampled_from("clsobfmnw"), min_size=1, max_size=5)):
         stride = draw(size)
         c = draw(st.integers(1, stride))
         s = draw(st.integers(0, stride // c - 1))
@@ -51,6 +51,12 @@ def stacks(draw, n=None):
         elif kind == "f":
             parts.append(Fixed(stride, c, s))
             masks.append(paper_sets.union(paper_sets.own_block(n, stride), paper_sets.summary(n, stride, c, s)))
+        elif kind == "n":
+            parts.append(Sink(stride))
+            masks.append(paper_sets.first(n, stride))
+        elif kind == "w":
+            parts.append(Window(stride))
+            masks.append(paper_sets.local(n, stride - 1))
         elif kind == "m":
             parts.append(Summary(stride, c, s))
             masks.append(paper_sets.summary(n, stride, c, s))

@@ -25,6 +25,7 @@ CASES = [
     (P.PerHead([P.Strided(8), P.Strided(24)]), Remainders, 96),
     (P.Fixed(8, 4), Columns, 128),
     (P.Summary(8, 2, 1), Columns, 256),
+    (P.Window(8) | P.Sink(4), Heads, 256),
     (P.Causal(), Heads, 50),
     (P.Blocks(BANDED | FIRST, 12), Heads, 96),
     (P.Local(8) | P.Strided(8), Heads, 96),

@@ -19,7 +19,7 @@ enum stf_kind {
   STF_LOCAL = 1,      // i - j <= a
   STF_STRIDED = 2,    // (i - j) mod a = 0 and i - j >= b * a
   STF_OWN_BLOCK = 3,  // j div a = i div a; counted from the document's first position where d = 1
-  STF_SUMMARY = 4,    // b <= j mod a < c; of earlier blocks only (j div a < i div a) where d = 0, also of the own block where d = 1
+  STF_SUMMARY = 4,    // b <= j mod a < c; of earlier blocks (j div a < i div a), and where d > 0 of the own block, i - j >= d - 1
   STF_BLOCKS = 5,     // layout[i div a][j div a], an a-sized block layout of c x c blocks whose bits begin at bit b of `layouts`; counted
                       // from the document's first position where d = 1
   STF_COLUMNS = 6,    // as STF_SUMMARY, counted from the document's first position

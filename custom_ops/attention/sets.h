@@ -111,7 +111,7 @@ STF_SETS void VisitAllKeysOf(const Component& c, Visit visit) {
     case STF_SUMMARY:
       return visit([&](Index m) {
         const Index width = c.c - c.b, block = m / c.a;
-        return Keys{0, block * width + (c.d ? Least<Index>(width, Most<Index>(0, m - block * c.a + 1 - c.b)) : 0)};
+        return Keys{0, block * width + (c.d ? Least<Index>(width, Most<Index>(0, m - block * c.a + 2 - c.d - c.b)) : 0)};
       });
     default:
       return visit([&](Index m) { return Keys{0, m + 1}; });
@@ -150,7 +150,8 @@ STF_SETS void VisitAllQueriesOf(const Component& c, IndexOf<Component> count, Vi
     case STF_SUMMARY:
       return visit([&](Index t) {
         const Index width = c.c - c.b, block = t / width;
-        return Queries{c.d ? block * c.a + c.b + t - block * width : (block + 1) * c.a, count};
+        const Index own = block * c.a + c.b + t - block * width + c.d - 1, next = (block + 1) * c.a;
+        return Queries{c.d ? Least(own, next) : next, count};
       });
     default:
       return visit([&](Index t) { return Queries{t, count}; });
@@ -187,6 +188,26 @@ STF_SETS Interval<IndexOf<Component>> QueriesOf(const Component& c, const View<I
   return queries;
 }
 
+// Whether documents leave the keys of queries first ... last all that they are without.
+template <typename Component>
+STF_SETS bool KeepsKeys(const Component& c, const View<IndexOf<Component>>& view, IndexOf<Component> first, IndexOf<Component> last) {
+  if (!view.documents) return true;
+  const IndexOf<Component> document = view.FirstKey(view.Position(first)), other = view.FirstKey(view.Position(last));
+  Interval<IndexOf<Component>> keys;
+  VisitAllKeysOf(c, [&](auto keys_of) { keys = keys_of(first); });
+  return !Restarts(c) && document == other && KeysBefore(c, view, document) <= keys.low;
+}
+
+// The same of the queries of keys first ... last.
+template <typename Component>
+STF_SETS bool KeepsQueries(const Component& c, const View<IndexOf<Component>>& view, IndexOf<Component> first, IndexOf<Component> last) {
+  if (!view.documents) return true;
+  const IndexOf<Component> end = view.EndOfQueries(KeyPosition(c, view, first)), other = view.EndOfQueries(KeyPosition(c, view, last));
+  Interval<IndexOf<Component>> queries;
+  VisitAllQueriesOf(c, view.count, [&](auto queries_of) { queries = queries_of(last); });
+  return !Restarts(c) && end == other && queries.high <= view.Before(end);
+}
+
 template <typename Component>
 STF_SETS bool LayoutBit(const uint8_t* layouts, const Component& c, int64_t row, int64_t column) {
   const int64_t bit = LayoutBegin(c) + row * c.c + column;
@@ -211,7 +232,7 @@ STF_SETS bool Covers(const uint8_t* layouts, const Component& c, IndexOf<Compone
     case STF_SUMMARY:
     case STF_COLUMNS: {
       const auto column = j % c.a;
-      return column >= c.b && column < c.c && (c.d || j / c.a < i / c.a);
+      return column >= c.b && column < c.c && (j / c.a < i / c.a || (c.d && i - j >= c.d - 1));
     }
     case STF_BLOCKS:
       return LayoutBit(layouts, c, i / c.a, j / c.a);

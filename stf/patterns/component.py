@@ -74,7 +74,7 @@ def covers(component, i, j):
         return j // c.a == i // c.a
     if c.kind in (Kind.SUMMARY, Kind.COLUMNS):
         column = j % c.a
-        return (column >= c.b) & (column < c.c) & ((j // c.a < i // c.a) | bool(c.d))
+        return (column >= c.b) & (column < c.c) & ((j // c.a < i // c.a) | (bool(c.d) & (i - j >= c.d - 1)))
     if c.kind == Kind.BLOCKS:
         return c.layout[i // c.a, j // c.a]
     raise ValueError(f"A component must be of a known kind. Received: kind={c.kind}")

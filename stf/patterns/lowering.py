@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stf.patterns.component import Component, Kind, covers
-from stf.patterns.validation import integer
+from stf.patterns.validation import LARGEST, integer
 
 
 class Program(NamedTuple):
@@ -82,7 +82,7 @@ def components(parts):
 
     Everything that closed forms can tell is told by them: what lies in another part is dropped,
     parts of one kind are merged where their union is of that kind, and a strided part begins behind
-    the local one (b), a summary part behind its own block (d). Only where two parts may still
+    the local one (b), a summary part behind its own block, and one of a single block behind the local one (d). Only where two parts may still
     overlap does the later one exclude the earlier. Dense kinds come first, so that it is the sparse
     ones that pay for a mask.
     """
@@ -131,7 +131,9 @@ def _simplify(parts):
     for stride, begin, end in columns:
         reach = stride - 1 - begin  # of the own block's columns
         covered = window >= reach or any(size % stride == 0 for size in sizes)
-        parts.append(Component(Kind.SUMMARY, stride, begin, end, 0 if covered else 1))
+        # All blocks but the own one may lie in the window, unless there is no other.
+        own = window + 2 if stride == LARGEST else 1
+        parts.append(Component(Kind.SUMMARY, stride, begin, end, 0 if covered else own))
     return parts
 
 
@@ -172,6 +174,8 @@ def _disjoint(one, other):
     pair = one.kind, other.kind
     if pair == (Kind.LOCAL, Kind.STRIDED):
         return True
+    if pair == (Kind.LOCAL, Kind.SUMMARY):
+        return other.d > one.a + 1
     if pair == (Kind.OWN_BLOCK, Kind.STRIDED):
         return other.b * other.a >= one.a
     if pair == (Kind.OWN_BLOCK, Kind.SUMMARY):

@@ -19,6 +19,8 @@ PATTERNS = {
     "own block": P.OwnBlock(4),
     "summary": P.Summary(5, 2),
     "summary beyond": P.Summary(50, 12),
+    "first": P.Sink(3),
+    "window and first": P.Window(5) | P.Sink(7),
     "fixed": P.Fixed(5, 2),
     "local + strided": P.Local(4) | P.Strided(4),
     "strided + strided": P.Strided(4) | P.Strided(6),

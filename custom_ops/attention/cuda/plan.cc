@@ -133,19 +133,28 @@ class Planner {
       passes->push_back(pass);
       return;
     }
-    if (InOnePass(program, plain, problem_.positions)) {
+    const stf_component* components = Components(program);
+    uint64_t summaries = 0;
+    for (int t = 0; t < Count(program); t++) {
+      if (components[t].kind == STF_SUMMARY) summaries |= uint64_t{1} << t;
+    }
+    const uint64_t others = plain & ~summaries;
+    if (InOnePass(program, others, problem_.positions)) {
+      pass.members = others;
       pass.kind = kBackward;
       passes->push_back(pass);
-      return;
+      if (!summaries) return;
+      pass.members = summaries;
+      pass.kind = kQueryGrad;
+      passes->push_back(pass);
+    } else {
+      pass.kind = kQueryGrad;
+      passes->push_back(pass);
+      pass.members = others;
+      pass.kind = kKeyGrad;
+      passes->push_back(pass);  // even without a member: it writes the zeros that summaries add to
     }
-    pass.kind = kQueryGrad;
-    passes->push_back(pass);
     pass.kind = kKeyGrad;
-    const stf_component* components = Components(program);
-    for (int t = 0; t < Count(program); t++) {
-      if (components[t].kind == STF_SUMMARY) pass.members &= ~(uint64_t{1} << t);
-    }
-    passes->push_back(pass);  // even without a member: it writes the zeros that summaries add to
     for (int t = 0; t < Count(program); t++) {
       if (components[t].kind != STF_SUMMARY) continue;
       pass.members = uint64_t{1} << t;

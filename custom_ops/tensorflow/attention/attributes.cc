@@ -38,7 +38,6 @@ absl::Status CheckComponent(const stf_component& c, int index) {
   if (c.kind == STF_SUMMARY || c.kind == STF_COLUMNS) {
     if (c.c > c.a) return invalid("summary must not be larger than stride", "end column", c.c);
     if (c.b >= c.c) return invalid("summary must have a column", "begin column", c.b);
-    if (c.d > 1) return invalid("d must be 0 or 1", "d", c.d);
   }
   if (c.kind == STF_BLOCKS) {
     if (c.c < 1) return invalid("a layout must have a block", "blocks", c.c);

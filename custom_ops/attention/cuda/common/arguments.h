@@ -37,6 +37,9 @@ inline Component ComponentOf(const stf_component& from, int64_t positions) {
     c.c = static_cast<int32_t>(from.c);  // a layout's row, however long
     c.bits = from.b;
   }
+  if (from.kind == STF_SUMMARY || from.kind == STF_COLUMNS) {
+    c.d = static_cast<int32_t>(from.d < positions + 1 ? from.d : positions + 1);  // from there on, of no key of the own block
+  }
   if (from.kind == STF_SUMMARY) {
     const uint64_t width = c.c > c.b ? c.c - c.b : 1;
     uint32_t bits = 0;

@@ -16,13 +16,14 @@ struct __align__(16) KeyBlock {
   int tile_begin, tile_end;            // tiles of queries
   int tile_new;                        // from here on, tiles that the run has not visited before
   int tile_stop;                       // from here on, tiles whose query gradients are another run's
-  int keys;                            // whether the keys' gradients are this run's
+  int16_t keys;                        // whether the keys' gradients are this run's
+  int16_t cut;                         // whether documents leave out queries of the keys
   int slot;                            // plus a tile: which of the tiles that the block of threads visits, counted from 0
   int key_head;
 
   template <bool kDocuments>
   __device__ View ViewOf(const Arguments& args, const Launch& launch) const {
-    return {start, launch.stride, count, DocumentsOf<kDocuments>(args, batch)};
+    return {start, launch.stride, count, kDocuments && cut ? DocumentsOf(args, batch) : nullptr};
   }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 };
@@ -41,6 +42,9 @@ class KeyBlockWalk {
       }
       const Component& component = launch_.components[launch_.begin[block->program] + component_];
       const int index = next_++, last = min((index + 1) * kBackwardKeys, block->existing) - 1;
+      block->cut = 1;
+      if (kDocuments)
+        block->cut = !KeepsQueries(component, block->template ViewOf<kDocuments>(args_, launch_), index * kBackwardKeys, last);
       const int reached = min(QueriesOf(component, block->template ViewOf<kDocuments>(args_, launch_), last).high, block->count);
       block->first = index * kBackwardKeys;
       block->end = last + 1;
@@ -78,9 +82,8 @@ class KeyBlockWalk {
     component_ = __ffsll(launch_.members[work.program]) - 1;
     run_ = run;
     end_ = min(run + launch_.run, (block->existing + kBackwardKeys - 1) / kBackwardKeys);
-    next_ = min(
-        run, KeysOf(work.components.components[component_], block->template ViewOf<kDocuments>(args_, launch_), run * kBackwardKeys).low /
-                 kBackwardKeys);
+    const View whole = {view.start, view.stride, view.count};  // documents are for each block of keys
+    next_ = min(run, KeysOf(work.components.components[component_], whole, run * kBackwardKeys).low / kBackwardKeys);
     seen_ = run * (kBackwardKeys / 64);
     block->tile_stop = end_ * (kBackwardKeys / 64);
     block->slot = visited_ - seen_;

@@ -116,7 +116,8 @@ struct __align__(16) WorkTile {
   int existing, used, first;  // rows of the sequence, and those in use; the tile's first
   int start, count;           // of the view
   int end;                    // of the tile's rows; by queries: of those in use
-  int sequence, key_head, padding;
+  int sequence, key_head;
+  int cut;  // whether documents leave out keys (by keys: queries) of its rows
 
   // False where there is nothing to do.
   template <bool kByKey>
@@ -144,10 +145,20 @@ struct __align__(16) WorkTile {
   }
 
   __device__ View ViewOf(const Launch& launch) const { return {start, launch.stride, count}; }
-  // The same with its documents.
+  // The same with documents, where those matter.
   template <bool kDocuments>
   __device__ View ViewOf(const Arguments& args, const Launch& launch) const {
-    return {start, launch.stride, count, DocumentsOf<kDocuments>(args, batch)};
+    return {start, launch.stride, count, kDocuments && cut ? DocumentsOf(args, batch) : nullptr};
+  }
+  template <bool kByKey>
+  __device__ void FindCut(const Arguments& args, const Launch& launch) {
+    const View view = {start, launch.stride, count, DocumentsOf(args, batch)};
+    const Head of = HeadOf(launch);
+    cut = 0;
+    for (uint64_t left = first < end ? of.members : 0; left; left &= left - 1) {
+      const Component& c = of.components[__ffsll(left) - 1];
+      cut |= kByKey ? !KeepsQueries(c, view, first, end - 1) : !KeepsKeys(c, view, first, end - 1);
+    }
   }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
 
@@ -235,6 +246,7 @@ __device__ inline void Produce(const Pipeline<Tile>& pipeline, const Arguments& 
   WorkTile work_tile;
   for (int unit = blockIdx.x; unit < launch.work_tiles; unit += gridDim.x) {
     if (!work_tile.Find<kByKey>(args, launch, unit, Tile::kRows)) continue;
+    if (kDocuments) work_tile.FindCut<kByKey>(args, launch);
     WaitBarrier(pipeline.OwnEmpty(own.stage), own.phase ^ 1);
     if (first_lane) {
       *pipeline.WorkTileOf(own.stage) = work_tile;
