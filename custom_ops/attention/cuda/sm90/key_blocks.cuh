@@ -82,8 +82,9 @@ class KeyBlockWalk {
     component_ = __ffsll(launch_.members[work.program]) - 1;
     run_ = run;
     end_ = min(run + launch_.run, (block->existing + kBackwardKeys - 1) / kBackwardKeys);
-    const View whole = {view.start, view.stride, view.count};  // documents are for each block of keys
-    next_ = min(run, KeysOf(work.components.components[component_], whole, run * kBackwardKeys).low / kBackwardKeys);
+    const Component& component = work.components.components[component_];
+    block->cut = kDocuments && Restarts(component);  // the others' keys begin no earlier within documents
+    next_ = min(run, KeysOf(component, block->template ViewOf<kDocuments>(args_, launch_), run * kBackwardKeys).low / kBackwardKeys);
     seen_ = run * (kBackwardKeys / 64);
     block->tile_stop = end_ * (kBackwardKeys / 64);
     block->slot = visited_ - seen_;
