@@ -52,7 +52,8 @@ struct View {
   STF_SETS Index Position(Index m) const { return start + m * stride; }
   STF_SETS Index Before(Index position) const { return position <= start ? 0 : (position - start - 1) / stride + 1; }  // queries
 
-  STF_SETS Index FirstKey(Index position) const { return documents[2 * position]; }
+  // Whatever the numbers are, no further than a position behind the own one: a layout's bits are found by the distance.
+  STF_SETS Index FirstKey(Index position) const { return Most<Index>(0, Least<Index>(documents[2 * position], position + 1)); }
   STF_SETS Index EndOfQueries(Index position) const { return documents[2 * position + 1]; }
   STF_SETS Index Origin(Index position) const { return documents ? FirstKey(position) : 0; }  // of the position's document
 };

@@ -30,7 +30,7 @@ class RotaryEmbedding(keras.layers.Layer):
             interpolation").
 
     Call arguments:
-        inputs: `[batch, position, head, depth]`, the depth even.
+        inputs: `[batch, position, head, depth]`, or without heads, the depth even.
         positions: numbers `[position]` or `[batch, position]`; 0, 1, ... unless given.
 
     Returns:
@@ -54,7 +54,9 @@ class RotaryEmbedding(keras.layers.Layer):
         positions = tf.range(tf.shape(inputs, tf.int64)[1]) if positions is None else tf.convert_to_tensor(positions)
         steps = tf.range(depth // 2, dtype=tf.float64) * (-2.0 / depth)
         frequencies = tf.pow(tf.constant(self.base, tf.float64), steps) / self.scaling
-        angles = tf.cast(positions, tf.float64)[..., None, None] * frequencies  # [(batch,) position, 1, depth / 2]
+        angles = tf.cast(positions, tf.float64)[..., None] * frequencies  # [(batch,) position, depth / 2]
+        for _ in inputs.shape[3:]:
+            angles = angles[..., None, :]  # the same for all heads
         exact = tf.float64 if inputs.dtype == tf.float64 else tf.float32
         cos, sin = tf.cast(tf.cos(angles), exact), tf.cast(tf.sin(angles), exact)
         x, y = tf.split(tf.cast(inputs, exact), 2, axis=-1)

@@ -82,9 +82,9 @@ def components(parts):
 
     Everything that closed forms can tell is told by them: what lies in another part is dropped,
     parts of one kind are merged where their union is of that kind, and a strided part begins behind
-    the local one (b), a summary part behind its own block, and one of a single block behind the local one (d). Only where two parts may still
-    overlap does the later one exclude the earlier. Dense kinds come first, so that it is the sparse
-    ones that pay for a mask.
+    the local one (b), a summary part behind its own block, and one of a single block behind the
+    local one (d). Only where two parts may still overlap does the later one exclude the earlier.
+    Dense kinds come first, so that it is the sparse ones that pay for a mask.
     """
     parts = _simplify(parts)
     if len(parts) > 63:

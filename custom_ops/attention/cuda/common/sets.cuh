@@ -41,6 +41,7 @@ __device__ inline bool Extra(const uint8_t* layouts, const Head& head, const Com
   const int i = view.Position(m), j = KeyPosition(c, view, t);
   if (j > i) return false;
   const int origin = view.Origin(i);
+  if (j < origin) return false;
   if (Irregular(c) && !Covers(layouts, c, i, j, origin)) return false;
   for (uint64_t left = c.exclude; left; left &= left - 1) {
     if (Covers(layouts, head.components[__ffsll(left) - 1], i, j, origin)) return false;
