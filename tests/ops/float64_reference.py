@@ -151,6 +151,14 @@ def _op_layout(kind, out, lse, *grads):
     return kind(out, lse[..., 0], *rest)
 
 
+def sink_gradient(inputs, results):
+    """The sinks' gradient from what forward stored, in float64, and how far float32 sums may be from it."""
+    delta = (inputs.output_grad.astype(np.float64) * results.output.astype(np.float64)).sum(-1).swapaxes(1, 2)
+    terms = np.exp(inputs.sink[:, None] - results.log_sum_exp.astype(np.float64)) * (inputs.log_sum_exp_grad - delta)
+    size = abs(inputs.output_grad.astype(np.float64) * results.output.astype(np.float64)).sum((0, 1, 3))
+    return terms.sum((0, 2)), ULPS * 2.0**-24 * (size + abs(inputs.log_sum_exp_grad).sum((0, 2)))
+
+
 def largest_errors(results, truth):
     """max |result - truth| of each; where the truth is infinite, the result must be the same infinity."""
     errors = []

@@ -261,15 +261,17 @@ NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([-(2**63), 2**31, 2**40
     layouts=st.lists(st.binary(max_size=9), max_size=2),
     scale=st.floats(width=32),
     lengths=st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=3), max_size=2),
+    documents=st.lists(st.one_of(st.integers(-3, 12), st.sampled_from([-(2**31), 2**31 - 1])), max_size=8),
+    sinks=st.lists(st.floats(-9, 9, width=32), max_size=3),
     sum_grads=st.integers(0, 2),
     attribute_format=st.sampled_from([2, 2, 2, 1, 0, 3, -(2**40)]),
     n=st.integers(0, 9),
     gradient=st.booleans(),
 )
 def test_the_raw_op_refuses_or_computes_whatever_it_is_given(
-    components, program_begin, layouts, scale, lengths, sum_grads, attribute_format, n, gradient
+    components, program_begin, layouts, scale, lengths, documents, sinks, sum_grads, attribute_format, n, gradient
 ):
-    """No attribute and no length may abort the process or read outside a tensor."""
+    """No attribute, no length and no document may abort the process or read outside a tensor."""
     x = tf.ones([2, n, 2, 4])
     call = dict(
         lengths=[tf.constant(given, tf.int32) for given in lengths],
@@ -278,10 +280,13 @@ def test_the_raw_op_refuses_or_computes_whatever_it_is_given(
         program_begin=program_begin,
         scale=scale,
         format=attribute_format,
+        # Whatever the numbers are: they need not be documents.
+        documents=[tf.constant(np.resize(documents, [2, n, 2]), tf.int32)] if documents else [],
     )
+    sinks = [tf.constant(sinks)] if sinks else []
     library = stf.ops.library.load()
     try:
-        output, log_sum_exp = library.stf_attention(query=x, key=x, value=x, **call)
+        output, log_sum_exp = library.stf_attention(query=x, key=x, value=x, sinks=sinks, **call)
         assert output.shape == x.shape and np.isfinite(output).all()
         if gradient:
             grads = library.stf_attention_grad(
@@ -299,15 +304,16 @@ def test_the_raw_op_refuses_or_computes_whatever_it_is_given(
         assert "Received" in error.message
 
 
-KINDS = {"causal": 0, "local": 1, "strided": 2, "own block": 3, "summary": 4, "blocks": 5}
+KINDS = {"causal": 0, "local": 1, "strided": 2, "own block": 3, "summary": 4, "blocks": 5, "columns": 6}
 
 
 @given(
     kind=st.sampled_from(list(KINDS.values())),
     parameters=st.lists(st.one_of(st.integers(0, 12), st.sampled_from([2**31, 2**50])), min_size=4, max_size=4),
     n=st.integers(1, 70),
+    first=st.one_of(st.none(), st.lists(st.integers(-9, 80), min_size=1, max_size=9)),
 )
-def test_the_raw_op_takes_any_parameters_of_a_component(kind, parameters, n):
+def test_the_raw_op_takes_any_parameters_of_a_component(kind, parameters, n, first):
     x = tf.random.stateless_normal([1, n, 1, 4], [1, 2])
     try:
         output, _ = stf.ops.library.load().stf_attention(
@@ -320,6 +326,8 @@ def test_the_raw_op_takes_any_parameters_of_a_component(kind, parameters, n):
             program_begin=[0, 1],
             scale=0.5,
             format=2,
+            documents=[] if first is None else [tf.constant(np.resize(first, [1, n, 2]), tf.int32)],
+            sinks=[],
         )
         assert np.isfinite(output).all()
     except tf.errors.InvalidArgumentError as error:

@@ -9,6 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from paper_sets import segment_ids, within_documents
 
 from stf.patterns import Component, Kind, components_mask
 from stf.patterns.lowering import Program
@@ -23,13 +24,13 @@ namespace {
 
 // Marks the pairs [query, key] of positions that each of four views has: KeysOf, QueriesOf, Covers, MayCover.
 template <typename Component>
-void Mark(const Component& c, const uint8_t* layouts, int64_t n, uint8_t* views) {
+void Mark(const Component& c, const uint8_t* layouts, const int32_t* documents, int64_t n, uint8_t* views) {
   using Index = stf::IndexOf<Component>;
   const int64_t stride = c.kind == STF_STRIDED ? c.a : 1;
   for (int64_t r = 0; r < stride && r < n; r++) {
-    const stf::View<Index> view = {Index(r), Index(stride), Index((n - r + stride - 1) / stride)};
+    const stf::View<Index> view = {Index(r), Index(stride), Index((n - r + stride - 1) / stride), documents};
     for (Index m = 0; m < view.count; m++) {
-      const auto keys = stf::KeysOf(c, m);
+      const auto keys = stf::KeysOf(c, view, m);
       for (Index t = keys.low; t < keys.high; t++) {
         const int64_t j = stf::KeyPosition(c, view, t);
         if (j < n) views[view.Position(m) * n + j]++;
@@ -38,13 +39,15 @@ void Mark(const Component& c, const uint8_t* layouts, int64_t n, uint8_t* views)
     for (Index t = 0; t < n; t++) {
       const int64_t j = stf::KeyPosition(c, view, t);
       if (j >= n) break;
-      const auto queries = stf::QueriesOf(c, t, view.count);
+      const auto queries = stf::QueriesOf(c, view, t);
       for (Index m = queries.low; m < queries.high; m++) views[n * n + view.Position(m) * n + j]++;
     }
   }
+  const stf::View<Index> whole = {0, 1, Index(n), documents};
   for (Index i = 0; i < n; i++) {
-    for (Index j = 0; j <= i; j++) {
-      views[2 * n * n + i * n + j] = stf::Covers(layouts, c, i, j);
+    const Index origin = whole.Origin(i);
+    for (Index j = origin; j <= i; j++) {
+      views[2 * n * n + i * n + j] = stf::Covers(layouts, c, i, j, origin);
       views[3 * n * n + i * n + j] = stf::MayCover(c, i, i, j, j);
     }
   }
@@ -52,8 +55,9 @@ void Mark(const Component& c, const uint8_t* layouts, int64_t n, uint8_t* views)
 
 }  // namespace
 
-extern "C" void stf_sets(const stf_component* c, const uint8_t* layouts, int64_t n, int device, uint8_t* views) {
-  device ? Mark(stf::cuda::ComponentOf(*c, n), layouts, n, views) : Mark(*c, layouts, n, views);
+extern "C" void stf_sets(const stf_component* c, const uint8_t* layouts, const int32_t* documents, int64_t n,
+                         int device, uint8_t* views) {
+  device ? Mark(stf::cuda::ComponentOf(*c, n), layouts, documents, n, views) : Mark(*c, layouts, documents, n, views);
 }
 """
 
@@ -73,6 +77,9 @@ COMPONENTS = {
     "summary of one column": Component(Kind.SUMMARY, 9, 0, 1, 1),
     "summary that the end cuts": Component(Kind.SUMMARY, 80, 50, 80, 1),
     "summary beyond": Component(Kind.SUMMARY, 1000, 900, 1000, 1),
+    "first": Component(Kind.SUMMARY, 2**31 - 1, 0, 9, 1),
+    "first behind 12": Component(Kind.SUMMARY, 2**31 - 1, 0, 9, 13),
+    "first behind all": Component(Kind.SUMMARY, 2**31 - 1, 0, 9, 1000),
     "blocks": Component(Kind.BLOCKS, 8, c=8, layout=np.tril(np.random.default_rng(0).random((8, 8)) < 0.5)),
 }
 
@@ -101,7 +108,7 @@ def test_every_view_of_a_component_is_its_set(name, device, library):
     record = Record(*numbers)
     views = np.zeros((4, N, N), np.uint8)
     pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (bits, views)]
-    library.stf_sets(ctypes.byref(record), pointers[0], ctypes.c_int64(N), device, pointers[1])
+    library.stf_sets(ctypes.byref(record), pointers[0], None, ctypes.c_int64(N), device, pointers[1])
     causal = np.tri(N, dtype=bool)
     exact = components_mask(Program(numbers, [0, 1], bits.tobytes()), N)[0]
     # Of block layouts the intervals have all that is causal.
@@ -112,3 +119,34 @@ def test_every_view_of_a_component_is_its_set(name, device, library):
     assert not (exact & (views[3] == 0)).any(), "MayCover"
     if part.kind in (Kind.LOCAL, Kind.OWN_BLOCK):
         np.testing.assert_array_equal(views[3], exact, "MayCover")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("device", [0, 1], ids=["stf_component", "32 bits"])
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_view_within_documents(name, device, restart, library):
+    part = COMPONENTS[name]
+    bits = np.packbits(part.layout.reshape(-1), bitorder="little") if part.layout is not None else np.zeros(1, np.uint8)
+    exact = components_mask(Program([int(part.kind), part.a, part.b, part.c, part.d, 0], [0, 1], bits.tobytes()), N)[0]
+    kind, d = part.kind, part.d
+    if restart and kind == Kind.SUMMARY:
+        kind = Kind.COLUMNS
+    elif restart and kind in (Kind.OWN_BLOCK, Kind.BLOCKS):
+        d = 1
+    record = Record(int(kind), part.a, part.b, part.c, d, 0)
+    for ids in segment_ids(N, 4):
+        bounds = np.zeros((N, 2), np.int32)
+        edges = [0, *(np.flatnonzero(np.diff(ids)) + 1), N]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            place = np.arange(begin, end)
+            bounds[begin:end] = [begin, end] if ids[begin] >= 0 else np.stack([place + 1, place], -1)
+        views = np.zeros((4, N, N), np.uint8)
+        pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (bits, bounds, views)]
+        library.stf_sets(ctypes.byref(record), *pointers[:2], ctypes.c_int64(N), device, pointers[2])
+        wanted = within_documents(exact[None], ids[None], restart)[0, 0]
+        every = within_documents(np.tri(N, dtype=bool)[None], ids[None], False)[0, 0]
+        intervals = every if kind in (Kind.BLOCKS, Kind.COLUMNS) else wanted
+        np.testing.assert_array_equal(views[0], intervals, "KeysOf")
+        np.testing.assert_array_equal(views[1], intervals, "QueriesOf")
+        np.testing.assert_array_equal(views[2] & every, wanted, "Covers")
+        assert not (wanted & (views[3] == 0)).any(), "MayCover"
