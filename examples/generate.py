@@ -13,7 +13,6 @@ goes on from there.
 
 import os
 import pathlib
-import signal
 import sys
 import time
 
@@ -107,20 +106,19 @@ def drawn_before(partial):
 
 
 def draw(sampler, partial):
-    """Draws all that is left, with a progress bar; keeps it every minute, and when interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Draws all that is left, with a progress bar; keeps it every minute, and when told to stop."""
     bar, kept = keras.utils.Progbar(sampler.length, unit_name="token"), time.monotonic()
-    try:
-        while not sampler.done:
+    with stf.callbacks.StopOnSignal() as stop:
+        while not (sampler.done or stop.received):
             sampler.draw(64)
             bar.update(sampler.tokens.shape[1])
             if time.monotonic() > kept + 60:
                 keep(sampler.tokens, partial)
                 kept = time.monotonic()
-    except KeyboardInterrupt:
-        keep(sampler.tokens, partial)
-        drawn = sampler.tokens.shape[1]
-        sys.exit(f"\n{drawn} of {sampler.length} tokens are drawn and kept in {partial}: go on with --resume")
+        if not sampler.done:
+            keep(sampler.tokens, partial)
+            drawn = sampler.tokens.shape[1]
+            sys.exit(f"\n{drawn} of {sampler.length} tokens are drawn and kept in {partial}: go on with --resume")
 
 
 def main(_):
