@@ -110,6 +110,7 @@ $(VENV)/buildifier: | $(BIN)/python
 lint: $(VENV)/dependencies $(VENV)/buildifier
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BUILDIFIER) --lint=warn --mode=check $(BAZEL_FILES)
 

@@ -7,6 +7,7 @@ callbacks when they are first used.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from stf import patterns, xla
 from stf.version import __version__
@@ -17,14 +18,32 @@ from stf import ops, layers, training, models, generation  # noqa: E402 isort: s
 
 _LATER = ("callbacks", "data", "distribution", "evaluation", "experiments")
 
-__all__ = ["__version__", "generation", "layers", "models", "ops", "patterns", "training", "xla", *_LATER]
+__all__ = [
+    "__version__",
+    "callbacks",
+    "data",
+    "distribution",
+    "evaluation",
+    "experiments",
+    "generation",
+    "layers",
+    "models",
+    "ops",
+    "patterns",
+    "training",
+    "xla",
+]
 
 
-def __getattr__(name):
-    if name in _LATER:
-        return importlib.import_module(f"stf.{name}")
-    raise AttributeError(f"module 'stf' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from stf import callbacks, data, distribution, evaluation, experiments
+else:
+
+    def __getattr__(name):
+        if name in _LATER:
+            return importlib.import_module(f"stf.{name}")
+        raise AttributeError(f"module 'stf' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

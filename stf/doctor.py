@@ -148,10 +148,10 @@ def main():
     wrong = 0
     for device in devices:
         try:
-            for pattern, dtype, error in self_test(device):
-                good = error <= ALLOWED
+            for pattern, dtype, deviation in self_test(device):
+                good = deviation <= ALLOWED
                 wrong += not good
-                print(f"{device:8s}{pattern:10s}{dtype:10s}{error:7.3f}  {'ok' if good else 'WRONG'}", flush=True)
+                print(f"{device:8s}{pattern:10s}{dtype:10s}{deviation:7.3f}  {'ok' if good else 'WRONG'}", flush=True)
         except tf.errors.OpError as error:
             wrong += 1
             print(f"{device:8s}FAILED: {error.message}")

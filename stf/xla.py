@@ -9,7 +9,7 @@ import os
 FLAGS = {"xla_gpu_enable_triton_gemm": "false", "xla_gpu_autotune_level": "0"}
 
 
-def set_flags():
+def set_flags() -> None:
     """Adds `FLAGS` to the environment's XLA_FLAGS; a flag that is set there already is left as it is.
 
     XLA reads them at its first compilation: they hold for programs that are compiled after that, so stf must be

@@ -1,13 +1,17 @@
 """Attention maps and connectivity for TensorBoard (Figures 2 and 3 of the paper)."""
 
+from collections.abc import Iterable, Sequence
+
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from stf.callbacks import drawing
-from stf.callbacks.views import ImageView
+from stf.callbacks.views import ImageView, View
 from stf.extras import needed
 from stf.training import steps_taken
+from stf.typing import Logs, PathLike, TensorLike
 
 MOST_COLUMNS = 6  # of a figure that is not a card
 
@@ -33,16 +37,16 @@ class AttentionMaps(keras.callbacks.Callback):
 
     def __init__(
         self,
-        log_dir,
-        tokens,
-        image_shape=(32, 32, 3),
-        queries=None,
-        most_layers=8,
-        every=1,
-        view=None,
-        layers=None,
-        heads=None,
-    ):
+        log_dir: PathLike,
+        tokens: TensorLike,
+        image_shape: Sequence[int] = (32, 32, 3),
+        queries: Iterable[int] | None = None,
+        most_layers: int = 8,
+        every: int = 1,
+        view: View | None = None,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         needed("tensorboard")  # without it TensorFlow writes no pictures
         self.log_dir = str(log_dir)
@@ -56,9 +60,9 @@ class AttentionMaps(keras.callbacks.Callback):
         self.most_layers = most_layers
         self.every = every
         self._layers, self._heads = layers, heads
-        self._step = None
+        self._step: int | None = None
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         """Takes the model, of which the chosen layers and heads must be."""
         super().set_model(model)
         for name, chosen, count in (
@@ -68,7 +72,7 @@ class AttentionMaps(keras.callbacks.Callback):
             if chosen is not None and (not len(chosen) or not all(0 <= index < count for index in chosen)):
                 raise ValueError(f"{name} must be from 0 to {count - 1}. Received: {name}={chosen}")
 
-    def figure(self, layers=None):
+    def figure(self, layers: Iterable[int] | None = None) -> npt.NDArray[np.uint8]:
         """The maps of the model as it is: uint8 `[height, width, 3]`.
 
         Args:
@@ -108,18 +112,18 @@ class AttentionMaps(keras.callbacks.Callback):
         figure = drawing.panels(pictures, min(columns, len(pictures)), titles, heading=self.view.heading)
         return drawing.under(figure, drawing.colour_bar(min(figure.shape[1] - 16, 480), self.view.legend))
 
-    def layers(self):
+    def layers(self) -> list[int]:
         """The layers that are shown."""
         if self._layers is not None:
             return list(self._layers)
         count = self.model.stack.num_blocks
         return np.unique(np.linspace(0, count - 1, min(self.most_layers, count)).astype(int)).tolist()
 
-    def heads(self):
+    def heads(self) -> list[int]:
         """The heads that are shown."""
         return list(range(self.model.num_heads) if self._heads is None else self._heads)
 
-    def connectivity(self):
+    def connectivity(self) -> npt.NDArray[np.uint8]:
         """What each distinct pattern connects: uint8 `[height, width, 3]`."""
         pictures, titles, seen = [], [], set()
         query, n = self.queries[len(self.queries) // 2], len(self.tokens)
@@ -136,7 +140,7 @@ class AttentionMaps(keras.callbacks.Callback):
                 titles += [f"{name}\n{self.view.reached}", f"the first {shown} queries\ndown, keys across"]
         return drawing.panels(pictures, 2, titles, heading="What the patterns connect")
 
-    def write(self):
+    def write(self) -> None:
         """Writes both figures now."""
         writer = tf.summary.create_file_writer(self.log_dir)
         with writer.as_default(step=steps_taken(self.model.optimizer)):
@@ -149,12 +153,12 @@ class AttentionMaps(keras.callbacks.Callback):
         writer.close()
         self._step = steps_taken(self.model.optimizer)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Writes every so many epochs."""
         if self.every and (epoch + 1) % self.every == 0:
             self.write()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Writes once more, unless it has just been done."""
         if self._step != steps_taken(self.model.optimizer):
             self.write()

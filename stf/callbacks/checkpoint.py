@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from stf.models import count_parameters
+from stf.typing import Logs, PathLike
 
 MOST_CONFIG = 2**24  # bytes
 
@@ -40,7 +41,7 @@ class Checkpoint(keras.callbacks.Callback):
             untouched.
     """
 
-    def __init__(self, path, minutes=None, verbose=1):
+    def __init__(self, path: PathLike, minutes: float | None = None, verbose: int = 1) -> None:
         super().__init__()
         self.path = pathlib.Path(path)
         if self.path.suffix != ".keras":
@@ -51,12 +52,12 @@ class Checkpoint(keras.callbacks.Callback):
         self.verbose = verbose
         self._saved = time.monotonic()
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._writing = None
-        self._twin = None
-        self._waited = []  # seconds of training that each took
-        self._wrote = []  # seconds of the thread
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._twin: keras.Model | None = None
+        self._waited: list[float] = []  # seconds of training that each took
+        self._wrote: list[float] = []  # seconds of the thread
 
-    def save(self):
+    def save(self) -> None:
         """Takes the state of now, and has it written."""
         self.wait()
         begin = time.monotonic()
@@ -65,7 +66,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved = time.monotonic()
         self._waited.append(self._saved - begin)
 
-    def wait(self):
+    def wait(self) -> None:
         """Until what was taken is on disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -107,20 +108,20 @@ class Checkpoint(keras.callbacks.Callback):
             shutil.copyfile(self.path, link)
         link.replace(_previous(self.path))
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Time counts from here."""
         self._saved = time.monotonic()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Saves where it is time."""
         if self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes:
             self.save()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Saves."""
         self.save()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Waits for the last one."""
         self.wait()
         if self.verbose and self._wrote:
@@ -166,7 +167,7 @@ def _previous(path):
     return path.with_name(f"{path.stem}.previous.keras")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: PathLike) -> keras.Model:
     """The model of a checkpoint; of the one before it, where the last is broken, which is then moved aside.
 
     Args:

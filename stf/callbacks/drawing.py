@@ -1,21 +1,26 @@
 """Pictures as arrays: grids of images, labelled panels, attention maps, connectivity."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.extras import needed
 from stf.patterns import lower
+from stf.patterns.pattern import Pattern
 
 BACKGROUND, INK = (24, 24, 28), (235, 235, 235)
 
 
-def enlarge(image, factor):
+def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     """`image` `[rows, columns, 3]`, each pixel a square of `factor` pixels."""
     return np.repeat(np.repeat(image, factor, 0), factor, 1)
 
 
-def grid(images, columns=None, factor=4, gap=4, caption=None):
+def grid(
+    images: npt.ArrayLike, columns: int | None = None, factor: int = 4, gap: int = 4, caption: str | None = None
+) -> npt.NDArray[np.uint8]:
     """Images `[count, rows, columns, channels]` side by side in one, enlarged, under a caption; uint8 RGB."""
     images = np.asarray(images, np.uint8)
     if images.shape[-1] == 1:
@@ -24,7 +29,13 @@ def grid(images, columns=None, factor=4, gap=4, caption=None):
     return panels([enlarge(image, factor) for image in images], columns, gap=gap, heading=caption)
 
 
-def panels(pictures, columns, titles=None, gap=8, heading=None):
+def panels(
+    pictures: Sequence[np.ndarray],
+    columns: int,
+    titles: Sequence[str] | None = None,
+    gap: int = 8,
+    heading: str | None = None,
+) -> npt.NDArray[np.uint8]:
     """Pictures of one size in rows of `columns`, each under its title, all under a heading; uint8 RGB."""
     height, width = pictures[0].shape[:2]
     font = _pillow("ImageFont").load_default(size=13)
@@ -49,7 +60,7 @@ def panels(pictures, columns, titles=None, gap=8, heading=None):
     return np.asarray(canvas)
 
 
-def heat(values):
+def heat(values: np.ndarray) -> npt.NDArray[np.uint8]:
     """Values in [0, 1] as colours from dark violet over orange to white, `[..., 3]`."""
     stops = np.array([(38, 20, 60), (120, 28, 109), (207, 68, 70), (250, 155, 40), (252, 255, 200)], float)
     at = np.clip(np.nan_to_num(values), 0, 1) * (len(stops) - 1)
@@ -58,7 +69,7 @@ def heat(values):
     return (stops[low] * (1 - part) + stops[low + 1] * part).astype(np.uint8)
 
 
-def colour_bar(width, text, height=12):
+def colour_bar(width: int, text: str, height: int = 12) -> npt.NDArray[np.uint8]:
     """What the colours of `heat` stand for: from 0 to 1, and a line of text under them; uint8 `[rows, width, 3]`."""
     bar = np.repeat(heat(np.linspace(0, 1, width))[None], height, 0)
     label = _pillow("Image").new("RGB", (width, 20), BACKGROUND)
@@ -66,14 +77,16 @@ def colour_bar(width, text, height=12):
     return np.concatenate([bar, np.asarray(label)])
 
 
-def under(picture, strip, gap=8):
+def under(picture: np.ndarray, strip: np.ndarray, gap: int = 8) -> np.ndarray:
     """A picture with a strip of at most its width below it, on the background."""
     room = np.full((strip.shape[0] + gap, picture.shape[1], 3), BACKGROUND, np.uint8)
     room[: strip.shape[0], gap : gap + strip.shape[1]] = strip[:, : picture.shape[1] - gap]
     return np.concatenate([picture, room])
 
 
-def attention_picture(keys, weights, query, image_shape, factor=6):
+def attention_picture(
+    keys: npt.ArrayLike, weights: npt.ArrayLike, query: int, image_shape: Sequence[int], factor: int = 6
+) -> np.ndarray:
     """Weights of one query over the image, as in the paper's Figure 2.
 
     A pixel has the sum over its channels, by the root of its share of the largest, so that small weights
@@ -96,7 +109,7 @@ def attention_picture(keys, weights, query, image_shape, factor=6):
     return framed(picture, query // channels, columns, factor)
 
 
-def text_picture(text, colours, query, cell=(15, 10)):
+def text_picture(text: npt.ArrayLike, colours: np.ndarray, query: int, cell: tuple[int, int] = (15, 10)) -> np.ndarray:
     """Bytes in cells of given colours, the query's framed; a line's end is a ring, what is no ASCII a dot.
 
     Args:
@@ -122,7 +135,7 @@ def text_picture(text, colours, query, cell=(15, 10)):
     return np.asarray(image)
 
 
-def wave_picture(tokens, colours, query, height):
+def wave_picture(tokens: npt.ArrayLike, colours: np.ndarray, query: int, height: int) -> np.ndarray:
     """The wave of µ-law bytes, each pixel from its least to its greatest sample, before columns of given colours.
 
     Args:
@@ -144,7 +157,7 @@ def wave_picture(tokens, colours, query, height):
     return picture
 
 
-def framed(picture, pixel, columns, factor):
+def framed(picture: np.ndarray, pixel: int, columns: int, factor: int) -> np.ndarray:
     """A frame around one pixel of an enlarged picture."""
     y, x = pixel // columns * factor, pixel % columns * factor
     image = _pillow("Image").fromarray(picture)
@@ -152,7 +165,7 @@ def framed(picture, pixel, columns, factor):
     return np.asarray(image)
 
 
-def connectivity_picture(pattern, head, positions, size=192):
+def connectivity_picture(pattern: Pattern, head: int, positions: int, size: int = 192) -> np.ndarray:
     """Which keys (across) each query (down) attends to, as the matrices of the paper's Figure 3.
 
     Where there are more positions than `size` pixels, a pixel is coloured if any of its queries attends to any of its
@@ -167,14 +180,14 @@ def connectivity_picture(pattern, head, positions, size=192):
     return picture
 
 
-def telling_positions(pattern, head, positions, periods=4):
+def telling_positions(pattern: Pattern, head: int, positions: int, periods: int = 4) -> int:
     """How many of the first positions show a pattern: so many of its longest stride, window or block."""
     records = lower(pattern.for_head(head), 1).components
     longest = max((records[begin + 1] for begin in range(0, len(records), 6)), default=0)
     return min(positions, max(periods * int(longest), 64))
 
 
-def reach_picture(pattern, head, query, image_shape, factor=6):
+def reach_picture(pattern: Pattern, head: int, query: int, image_shape: Sequence[int], factor: int = 6) -> np.ndarray:
     """Which pixels one query attends to, over the image, as the small pictures of the paper's Figure 3."""
     rows, columns, channels = image_shape
     picture = np.full((rows * columns, 3), 255, np.uint8)

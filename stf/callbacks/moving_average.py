@@ -1,8 +1,10 @@
 """Validation with averaged weights."""
 
 import keras
+import tensorflow as tf
 
 from stf.training import averages
+from stf.typing import Logs
 
 
 class MovingAverage(keras.callbacks.Callback):
@@ -12,19 +14,19 @@ class MovingAverage(keras.callbacks.Callback):
     training and checkpoints are as if there had been no validation.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._kept = None
+        self._kept: list[tf.Tensor] = []
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Puts the averages in the weights' place."""
         pairs = averages(self.model.optimizer)
         self._kept = [keras.ops.copy(weight) for weight, _ in pairs]
         for weight, average in pairs:
             weight.assign(average)
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: Logs = None) -> None:
         """Puts the weights back."""
         for (weight, _), kept in zip(averages(self.model.optimizer), self._kept, strict=True):
             weight.assign(kept)
-        self._kept = None
+        self._kept = []

@@ -5,9 +5,10 @@ import numpy as np
 import tensorflow as tf
 
 from stf.models import SparseTransformer
+from stf.typing import Logs, TensorLike
 
 
-def first_non_finite(model, tokens):
+def first_non_finite(model: SparseTransformer, tokens: TensorLike) -> str | None:
     """The name of the first part of a `SparseTransformer` whose output for `tokens` is not finite; None where all is.
 
     Args:
@@ -53,7 +54,7 @@ class StopOnNonFinite(keras.callbacks.Callback):
         FloatingPointError: names the part of the model whose output broke first, where it breaks still.
     """
 
-    def __init__(self, limit=100, every=50):
+    def __init__(self, limit: int = 100, every: int = 50) -> None:
         super().__init__()
         if limit < 1 or every < 1:
             raise ValueError(f"limit and every must be at least 1. Received: limit={limit}, every={every}")
@@ -61,13 +62,13 @@ class StopOnNonFinite(keras.callbacks.Callback):
         self.every = every
         self._batches = 0
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Looks every so many steps, at those before this one."""
         self._batches += 1
         if self._batches > 1 and (self._batches - 1) % self.every == 0:
             self._look()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Looks at the epoch's last steps."""
         self._look()
 

@@ -1,12 +1,14 @@
 """Scalars of a run for TensorBoard, and word of what a run is waiting for."""
 
 import time
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from stf.extras import needed
 from stf.training import BitsPerDim, steps_taken
+from stf.typing import Logs, PathLike
 
 
 class TrainingLog(keras.callbacks.Callback):
@@ -22,44 +24,47 @@ class TrainingLog(keras.callbacks.Callback):
         every: steps between two entries.
     """
 
-    def __init__(self, log_dir, every=10):
+    def __init__(self, log_dir: PathLike | None, every: int = 10) -> None:
         super().__init__()
         if log_dir is not None:
             needed("tensorboard")  # without it TensorFlow writes no scalars
         self.log_dir = None if log_dir is None else str(log_dir)
         self.every = every
-        self._writer = None
+        self._writer: Any = None
         self._before = self._written = 0  # batches before this epoch; those at the last entry
-        self._means = (0, {})  # of the epoch at the last entry: batches, and the metrics' means over them
-        self._clock = None  # the time of the last entry, and the epoch's tokens by then
-        self._ended = None  # the same at the end of the epoch's training, before validation counts anew
+        # Of the epoch at the last entry: batches, and the metrics' means over them.
+        self._means: tuple[int, dict[str, float]] = (0, {})
+        # The time of the last entry, and the epoch's tokens by then; the same at the end of the epoch's training,
+        # before validation counts anew.
+        self._clock: tuple[float, float] | None = None
+        self._ended: tuple[float, float] | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Opens the log."""
         write = self.log_dir is not None
         self._writer = tf.summary.create_file_writer(self.log_dir) if write else tf.summary.create_noop_writer()
         self._written = steps_taken(self.model.optimizer)
         self._clock = None  # until the first entry: the first step is compiled
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Notes where the epoch begins."""
         self._before = steps_taken(self.model.optimizer)
         self._means, self._ended = (0, {}), None
         if self._clock is not None:
             self._clock = (time.perf_counter(), 0.0)
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Notes when the epoch's training ended: validation takes time, and its tokens are others."""
         if self._writer is not None:
             self._ended = (time.perf_counter(), self._tokens())
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Writes what the batches before have given, where they are as many as an entry takes."""
         step = self._before + batch
         if step // self.every > self._written // self.every:
             self._write_training(step, self.model.get_metrics_result())
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Writes what validation gave."""
         logs = logs or {}
         step = steps_taken(self.model.optimizer)
@@ -69,7 +74,7 @@ class TrainingLog(keras.callbacks.Callback):
             self._write(step, {f"validation/{name[4:]}": logs[name] for name in logs if name.startswith("val_")})
         self._writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Closes the log."""
         self._writer.close()
         self._writer = None
@@ -111,16 +116,16 @@ class TrainingLog(keras.callbacks.Callback):
 class FirstStep(keras.callbacks.Callback):
     """Says before the first step what it waits for, and after it how long that took."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._begin = None
+        self._begin: float | None = None
         self._told = False
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Forgets an earlier run."""
         self._begin, self._told = None, False
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Before the first and before the second batch."""
         if self._begin is None:
             self._begin = time.perf_counter()

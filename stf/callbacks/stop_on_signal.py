@@ -2,8 +2,11 @@
 
 import signal
 import threading
+from typing import Any, Self
 
 import keras
+
+from stf.typing import Logs
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -21,46 +24,46 @@ class StopOnSignal(keras.callbacks.Callback):
         received: the `signal.Signals` that came, here or to another worker, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.received = None
+        self.received: signal.Signals | None = None
         self._asked = False  # whether one came to this process
-        self._handlers = {}
+        self._handlers: dict[signal.Signals, Any] = {}
         self._in_fit = False
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # which alone may
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Takes the signals, where nobody has."""
         self._in_fit = not self._handlers
         if self._in_fit:
             self.__enter__()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         """Gives the signals back, where they were taken for this `fit`."""
         if self._in_fit:
             self.__exit__()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Stops the epoch."""
         self.model.asks_to_stop = bool(self.received)
         if getattr(self.model, "told_to_stop", self.received):
             self._stop()
 
-    def on_test_batch_end(self, batch, logs=None):
+    def on_test_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Stops a validation."""
         if self.received and getattr(self.model, "workers", 1) == 1:
             self.model.stop_evaluating = True
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Stops training."""
         if getattr(self.model, "agree", bool)(bool(self.received)):
             self._stop()
@@ -71,7 +74,7 @@ class StopOnSignal(keras.callbacks.Callback):
             self.received = signal.SIGTERM  # another worker's
             print("another worker stops: stopping too", flush=True)
 
-    def agree(self, model):
+    def agree(self, model: keras.Model) -> signal.Signals | None:
         """Whether a signal came to any of the workers that train a model: to be called by all of them."""
         if getattr(model, "agree", bool)(bool(self.received)) and not self.received:
             self.received = signal.SIGTERM

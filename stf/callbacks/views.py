@@ -1,9 +1,13 @@
 """How a sequence is shown, and what one of its queries attends to in it: as an image, a text, a sound."""
 
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
 import numpy as np
 
 from stf.callbacks import drawing
 from stf.layers.validation import positives
+from stf.patterns.pattern import Pattern
 
 
 class ImageView:
@@ -18,12 +22,12 @@ class ImageView:
     reached = "one pixel's keys"
     heads_share_a_card = True
 
-    def __init__(self, image_shape=(32, 32, 3)):
+    def __init__(self, image_shape: Sequence[int] = (32, 32, 3)) -> None:
         self.image_shape = positives("image_shape", image_shape)
         if len(self.image_shape) != 3:
             raise ValueError(f"image_shape must be (rows, columns, channels). Received: image_shape={image_shape!r}")
 
-    def check(self, tokens):
+    def check(self, tokens: np.ndarray) -> None:
         """Raises ValueError where tokens `[position]` are no such sequence."""
         if tokens.shape != (int(np.prod(self.image_shape)),):
             raise ValueError(
@@ -31,25 +35,25 @@ class ImageView:
                 f"Received: tokens of shape {tokens.shape}"
             )
 
-    def queries(self, positions):
+    def queries(self, positions: int) -> list[int]:
         """Those that are shown unless others are asked for: the middle of three rows."""
         rows, columns, channels = self.image_shape
         return [(int(rows * part) * columns + columns // 2) * channels for part in (1 / 3, 1 / 2, 7 / 8)]
 
-    def columns(self, queries):
+    def columns(self, queries: int) -> int:
         """Pictures side by side in a card, of so many queries."""
         return queries
 
-    def place(self, tokens, query):
+    def place(self, tokens: np.ndarray, query: int) -> str:
         """A query's place, in words."""
         row, column = divmod(query // self.image_shape[-1], self.image_shape[1])
         return f"row {row}, column {column}"
 
-    def attention(self, tokens, keys, weights, query):
+    def attention(self, tokens: np.ndarray, keys: np.ndarray, weights: np.ndarray, query: int) -> np.ndarray:
         """The picture of what a query attends to."""
         return drawing.attention_picture(keys, weights, query, self.image_shape)
 
-    def reach(self, pattern, head, query):
+    def reach(self, pattern: Pattern, head: int, query: int) -> np.ndarray:
         """The picture of which positions a query's pattern has."""
         return drawing.reach_picture(pattern, head, query, self.image_shape)
 
@@ -105,7 +109,7 @@ class TextView(_OneDimensionalView):
     legend = "root of the weight over the largest; grey: left out; \u00b0 the end of a line"
     reached = "one byte's keys"
 
-    def __init__(self, position_shape, columns=40, rows=8):
+    def __init__(self, position_shape: Sequence[int], columns: int = 40, rows: int = 8) -> None:
         super().__init__(position_shape)
         self.shape = positives("columns and rows", (rows, columns))
 
@@ -114,10 +118,10 @@ class TextView(_OneDimensionalView):
         rows, columns = self.shape
         return max(0, query + 1 - rows * columns)
 
-    def place(self, tokens, query):
+    def place(self, tokens: np.ndarray, query: int) -> str:
         return f"byte {query:,}, of which {self._first(query):,} are not shown"
 
-    def attention(self, tokens, keys, weights, query):
+    def attention(self, tokens: np.ndarray, keys: np.ndarray, weights: np.ndarray, query: int) -> np.ndarray:
         rows, columns = self.shape
         first, read = self._first(query), np.asarray(keys) - 1  # key j has read byte j - 1
         total, seen = np.zeros(rows * columns), np.zeros(rows * columns, bool)
@@ -141,14 +145,14 @@ class WaveView(_OneDimensionalView):
     legend = "root of the weight of a pixel's samples over the largest; grey: left out, black: later"
     reached = "one sample's keys"
 
-    def __init__(self, position_shape, size=(80, 400)):
+    def __init__(self, position_shape: Sequence[int], size: tuple[int, int] = (80, 400)) -> None:
         super().__init__(position_shape)
         self.size = positives("size", size)
 
-    def place(self, tokens, query):
+    def place(self, tokens: np.ndarray, query: int) -> str:
         return f"sample {query:,} of {len(tokens):,}"
 
-    def attention(self, tokens, keys, weights, query):
+    def attention(self, tokens: np.ndarray, keys: np.ndarray, weights: np.ndarray, query: int) -> np.ndarray:
         height, width = self.size
         total, seen = np.zeros(width), np.zeros(width, bool)
         column = np.asarray(keys) * width // len(tokens)
@@ -160,7 +164,10 @@ class WaveView(_OneDimensionalView):
         return drawing.wave_picture(tokens, colours, at, height)
 
 
-def view_of(position_shape, kind):
+View: TypeAlias = ImageView | TextView | WaveView
+
+
+def view_of(position_shape: Sequence[int], kind: Literal["image", "text", "audio"]) -> View:
     """The view of a model's positions: of "image", "text" or "audio"."""
     views = {"image": ImageView, "text": TextView, "audio": WaveView}
     if kind not in views:

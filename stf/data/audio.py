@@ -5,31 +5,34 @@ import itertools
 import json
 import pathlib
 import uuid
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.data.sequences import Splits, Stream, check_held_out, counts_of
 from stf.extras import needed
+from stf.typing import PathLike
 
 RATE = 12_000  # samples a second
 SUFFIXES = (".wav", ".flac", ".ogg", ".aiff", ".aif")
 MU = 255
 
 
-def encode(wave):
+def encode(wave: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Samples in [-1, 1] as bytes: µ-law companding, then 256 even steps (ITU-T G.711's curve)."""
     wave = np.clip(np.asarray(wave, np.float32), -1, 1)
     companded = np.sign(wave) * np.log1p(MU * np.abs(wave)) / np.log1p(MU)
     return np.round((companded + 1) / 2 * MU).astype(np.uint8)
 
 
-def decode(tokens):
+def decode(tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """The samples in [-1, 1], float32, of `encode`'s bytes."""
     companded = np.asarray(tokens, np.float32) / MU * 2 - 1
     return np.sign(companded) * np.expm1(np.abs(companded) * np.log1p(MU)) / MU
 
 
-def read(path, rate=RATE):
+def read(path: PathLike, rate: int = RATE) -> npt.NDArray[np.float32]:
     """A recording's samples, float32: mixed to mono, resampled.
 
     Raises:
@@ -47,12 +50,19 @@ def read(path, rate=RATE):
     return mono if found == rate else soxr.resample(mono, found, rate)
 
 
-def write(path, tokens, rate=RATE):
+def write(path: PathLike, tokens: npt.ArrayLike, rate: int = RATE) -> None:
     """Writes bytes `[position]` as a 16-bit recording."""
     needed("soundfile").write(path, decode(tokens), rate, subtype="PCM_16")
 
 
-def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1, cache=None):
+def load(
+    folder: PathLike,
+    rate: int = RATE,
+    held_out: Sequence[float] = (0.05, 0.05),
+    seed: int = 0,
+    verbose: int = 1,
+    cache: PathLike | None = None,
+) -> Splits[Stream]:
     """All recordings of a folder and those below it.
 
     Args:
@@ -85,12 +95,12 @@ def load(folder, rate=RATE, held_out=(0.05, 0.05), seed=0, verbose=1, cache=None
         if not len(piece):
             raise ValueError(f"{file} has no samples")
     parts = np.split(order, np.cumsum(counts[::-1]))  # test, validation, training
-    streams = [Stream.of([pieces[i] for i in sorted(part)]) for part in parts[::-1]]
+    train, validation, test = (Stream.of([pieces[i] for i in sorted(part)]) for part in parts[::-1])
     sizes = ", ".join(
-        f"{len(part)} ({len(stream) / rate:,.0f} s) to {use}"
-        for part, stream, use in zip(parts[::-1], streams, ("train", "validate", "test"), strict=True)
+        f"{len(stream.pieces)} ({len(stream) / rate:,.0f} s) to {use}"
+        for stream, use in ((train, "train"), (validation, "validate"), (test, "test"))
     )
-    return Splits(*streams, f"{folder}, recordings at {rate:,} Hz: {sizes}")
+    return Splits(train, validation, test, f"{folder}, recordings at {rate:,} Hz: {sizes}")
 
 
 def _cached(files, rate, cache, reading):

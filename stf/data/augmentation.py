@@ -1,11 +1,13 @@
 """Distribution augmentation: images turned, mirrored and recoloured, each with the word of what was done to it."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from stf.layers.validation import positives
+from stf.typing import TensorLike
 
 
 class ImageTransformations:
@@ -38,7 +40,9 @@ class ImageTransformations:
         ValueError: nothing is to be done, or an image that is not square is to be turned.
     """
 
-    def __init__(self, shape, transpositions=True, rotations=True, colors=True):
+    def __init__(
+        self, shape: Sequence[int], transpositions: bool = True, rotations: bool = True, colors: bool = True
+    ) -> None:
         self.shape = positives("shape", shape)
         if len(self.shape) != 3:
             raise ValueError(f"shape must be (rows, columns, channels). Received: shape={shape!r}")
@@ -69,7 +73,7 @@ class ImageTransformations:
     def __repr__(self):
         return f"{type(self).__name__}({self.shape}, sizes={self.sizes})"
 
-    def __call__(self, tokens, conditions):
+    def __call__(self, tokens: TensorLike, conditions: TensorLike) -> tf.Tensor:
         """Transformed images.
 
         Args:
@@ -90,7 +94,7 @@ class ImageTransformations:
             combination = combination * size + tf.cast(conditions[:, k], tf.int32)
         return tf.gather(tokens, tf.gather(self._sources, combination), batch_dims=1)
 
-    def draw(self, count, seed):
+    def draw(self, count: int, seed: TensorLike) -> tf.Tensor:
         """Conditions, each value as likely as any other: int32 `[count, condition]`.
 
         Args:

@@ -3,9 +3,11 @@
 import socket
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.data.sequences import Splits
 from stf.extras import needed
+from stf.typing import PathLike
 
 SHAPE = (32, 32, 3)
 SEED = 11172018  # the authors' follow-up code splits by RandomState(11172018).permutation
@@ -18,7 +20,7 @@ class NotAvailableError(RuntimeError):
     """The data set is neither on disk nor to be had from the network."""
 
 
-def split(images, held_out_of=(2000, 50000)):
+def split(images: np.ndarray, held_out_of: tuple[int, int] = (2000, 50000)) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation images: 48,000 and 2,000 of 50,000, in proportion of fewer.
 
     Args:
@@ -30,7 +32,7 @@ def split(images, held_out_of=(2000, 50000)):
     return images[order[held_out:]], images[order[:held_out]]
 
 
-def load(data_dir=None, download=True):
+def load(data_dir: PathLike | None = None, download: bool = True) -> Splits[npt.NDArray[np.uint8]]:
     """CIFAR-10's images through tensorflow-datasets.
 
     Args:
@@ -54,7 +56,7 @@ def load(data_dir=None, download=True):
     return Splits(train, validation, test, description)
 
 
-def labels(data_dir=None, download=True):
+def labels(data_dir: PathLike | None = None, download: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the images of `load` show, in their order: three int32 arrays, training, validation and test; 0 to 9.
 
     Airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck. Arguments and errors are those of `load`.

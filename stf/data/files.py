@@ -3,10 +3,12 @@
 import hashlib
 import itertools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from stf.data.sequences import Splits, Stream, check_held_out
+from stf.typing import PathLike
 
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
@@ -15,7 +17,7 @@ ENWIK8_BYTES = 100_000_000
 MAPPED = 2**26  # bytes of a file from which on it is not read into memory
 
 
-def load(path, held_out=(0.05, 0.05)):
+def load(path: PathLike, held_out: Sequence[float] = (0.05, 0.05)) -> Splits[Stream]:
     """The bytes of a file, or of all files of a folder and those below it, in the order of their names.
 
     Files from 64 MiB on are mapped, not read: they may be larger than memory.
@@ -38,17 +40,14 @@ def load(path, held_out=(0.05, 0.05)):
     total = len(stream)
     if not total:
         raise FileNotFoundError(f"no bytes in {path}")
-    test = round(total * held_out[1])
-    validation = round(total * held_out[0])
-    places = [0, total - validation - test, total - test, total]
-    splits = [stream.part(*ends) for ends in itertools.pairwise(places)]
-    sizes = ", ".join(
-        f"{len(stream):,} bytes to {use}" for stream, use in zip(splits, ("train", "validate", "test"), strict=True)
-    )
-    return Splits(*splits, f"{path}: {sizes}")
+    end = total - round(total * held_out[1])  # of validation
+    begin = end - round(total * held_out[0])
+    train, validation, test = (stream.part(*ends) for ends in itertools.pairwise([0, begin, end, total]))
+    sizes = f"{len(train):,} bytes to train, {len(validation):,} bytes to validate, {len(test):,} bytes to test"
+    return Splits(train, validation, test, f"{path}: {sizes}")
 
 
-def load_enwik8(path=None):
+def load_enwik8(path: PathLike | None = None) -> Splits[Stream]:
     """Enwik8, the first 100 million bytes of a Wikipedia dump: 90, 5 and 5 million (Section 7.2 of the paper).
 
     Args:

@@ -4,12 +4,20 @@ import numpy as np
 import tensorflow as tf
 
 from stf.extras import needed
+from stf.typing import PathLike
 
 SHAPE = (64, 64, 3)
 NAME = "downsampled_imagenet/64x64"
 
 
-def dataset(split, batch_size, data_dir=None, seed=None, skip=0, shard=(0, 1)):
+def dataset(
+    split: str,
+    batch_size: int,
+    data_dir: PathLike | None = None,
+    seed: int | None = None,
+    skip: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> tf.data.Dataset:
     """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, 12288]`, through tensorflow-datasets.
 
     Args:

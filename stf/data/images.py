@@ -1,17 +1,20 @@
 """Images of a folder, of any size, as byte sequences: row, column, channel, the last running fastest."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.data.sequences import Splits, check_held_out, counts_of
 from stf.extras import needed
+from stf.typing import PathLike
 
 GIANT = 2**25  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def read(path, shape):
+def read(path: PathLike, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
     """An image as uint8 `[rows * columns * 3]`: scaled until it just covers the shape, its middle cut out.
 
     Raises:
@@ -33,7 +36,13 @@ def read(path, shape):
     return np.asarray(fitted, np.uint8).reshape(-1)
 
 
-def load(folder, shape=(64, 64, 3), held_out=(0.05, 0.05), seed=0, verbose=1):
+def load(
+    folder: PathLike,
+    shape: Sequence[int] = (64, 64, 3),
+    held_out: Sequence[float] = (0.05, 0.05),
+    seed: int = 0,
+    verbose: int = 1,
+) -> Splits[npt.NDArray[np.uint8]]:
     """All images of a folder and those below it.
 
     Args:

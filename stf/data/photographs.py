@@ -1,6 +1,7 @@
 """A few real photographs that scikit-image carries, cut to 32 x 32: training where no data set is at hand."""
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.data.sequences import Splits
 from stf.extras import needed
@@ -12,23 +13,23 @@ TRAIN = {"astronaut": SIZE // 2, "coffee": SIZE // 2, "hubble_deep_field": SIZE}
 VALIDATION, TEST = {"chelsea": SIZE}, {"rocket": SIZE}
 
 
-def cut(photograph, step=SIZE):
+def cut(photograph: np.ndarray, step: int = SIZE) -> npt.NDArray[np.uint8]:
     """The 32 x 32 squares of a photograph `[height, width, 3]`, `step` pixels apart, as sequences `[squares, 3072]`."""
     squares = np.lib.stride_tricks.sliding_window_view(photograph[..., :3], (SIZE, SIZE), (0, 1))[::step, ::step]
     return np.ascontiguousarray(squares.transpose(0, 1, 3, 4, 2)).reshape(-1, SIZE * SIZE * 3)
 
 
-def load():
+def load() -> Splits[npt.NDArray[np.uint8]]:
     """`Splits` of the photographs' squares, split by photograph."""
     pictures = needed("skimage.data")
 
-    splits = [
+    train, validation, test = (
         np.concatenate([cut(getattr(pictures, name)(), step) for name, step in photographs.items()])
         for photographs in (TRAIN, VALIDATION, TEST)
-    ]
+    )
     description = (
         "NOT CIFAR-10: squares of five photographs that scikit-image carries "
-        f"({', '.join(TRAIN)} to train: {len(splits[0]):,} squares; {', '.join(VALIDATION)} to validate: "
-        f"{len(splits[1]):,}; {', '.join(TEST)} to test: {len(splits[2]):,})"
+        f"({', '.join(TRAIN)} to train: {len(train):,} squares; {', '.join(VALIDATION)} to validate: "
+        f"{len(validation):,}; {', '.join(TEST)} to test: {len(test):,})"
     )
-    return Splits(*splits, description)
+    return Splits(train, validation, test, description)

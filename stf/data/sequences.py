@@ -1,23 +1,31 @@
 """What all data sets give: byte sequences, and batches of them that a resumed run goes on with."""
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
+
+if TYPE_CHECKING:
+    from stf.data.augmentation import ImageTransformations
 
 CHUNK = 2**24  # bytes that are looked at at once
 
 
-class Splits(NamedTuple):
+Data = TypeVar("Data")
+
+
+class Splits(NamedTuple, Generic[Data]):
     """Training, validation and test data, and a line that says what they are.
 
     Each of the three is either uint8 `[examples, length]` (images), or a `Stream` (text, audio).
     """
 
-    train: "np.ndarray | Stream"
-    validation: "np.ndarray | Stream"
-    test: "np.ndarray | Stream"
+    train: Data
+    validation: Data
+    test: Data
     description: str
 
 
@@ -31,34 +39,34 @@ class Stream:
         borders: int64 `[pieces + 1]`; piece p has positions `borders[p]` to `borders[p + 1]`. Nothing crosses a border.
     """
 
-    def __init__(self, pieces):
+    def __init__(self, pieces: Iterable[npt.ArrayLike]) -> None:
         self.pieces = [piece if piece.dtype == np.uint8 else piece.astype(np.uint8) for piece in map(_array, pieces)]
         self.borders = np.cumsum([0, *map(len, self.pieces)]).astype(np.int64)
 
     @classmethod
-    def of(cls, pieces):
+    def of(cls, pieces: Iterable[npt.ArrayLike]) -> Self:
         """A stream of pieces, each a uint8 array."""
         return cls(pieces)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.borders[-1])
 
     @property
-    def tokens(self):
+    def tokens(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 `[position]`, in memory."""
         return np.concatenate([np.zeros(0, np.uint8), *self.pieces])
 
-    def read(self, begin, count):
+    def read(self, begin: int, count: int) -> npt.NDArray[np.uint8]:
         """`count` positions from `begin` on, as far as their piece has them: uint8 `[position]`, in memory."""
         piece = int(np.searchsorted(self.borders, begin, side="right")) - 1
         begin -= int(self.borders[piece])
         return np.array(self.pieces[piece][begin : begin + count])
 
-    def head(self, count):
+    def head(self, count: int) -> "Stream":
         """The first `count` positions, borders kept; all where count is 0."""
         return self.part(0, count) if count else self
 
-    def part(self, begin, end):
+    def part(self, begin: int, end: int) -> "Stream":
         """Positions from `begin` to before `end`, borders kept."""
         cuts = [
             piece[max(begin - low, 0) : max(end - low, 0)]
@@ -86,7 +94,14 @@ def counts_of(examples, held_out):
     return counts
 
 
-def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1), transformations=None):
+def batches(
+    sequences: np.ndarray,
+    batch_size: int,
+    seed: int | None = None,
+    skip: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    transformations: "ImageTransformations | None" = None,
+) -> tf.data.Dataset:
     """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`, of whole examples.
 
     Which examples are in batch i depends on `seed` and i alone, so that going on after any batch costs nothing.
@@ -106,7 +121,7 @@ def batches(sequences, batch_size, seed=None, skip=0, shard=(0, 1), transformati
             transformations without a seed, or of images of another size.
     """
     dtype, shape = getattr(sequences, "dtype", None), getattr(sequences, "shape", None)
-    if dtype != np.uint8 or len(shape) != 2:
+    if dtype != np.uint8 or shape is None or len(shape) != 2:
         raise ValueError(
             f"sequences must be a uint8 array [examples, length]. Received: sequences of dtype {dtype}, shape {shape}"
         )
@@ -171,7 +186,9 @@ def _reader(read, length):
     return tokens
 
 
-def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
+def crops(
+    stream: Stream | np.ndarray, length: int, batch_size: int, seed: int, skip: int = 0, shard: tuple[int, int] = (0, 1)
+) -> tf.data.Dataset:
     """A `tf.data.Dataset` of (tokens, tokens), int32 `[batch, length]`: random crops of a stream, for ever.
 
     The crops of batch i depend on `seed` and i alone, so that going on after any batch costs nothing.
@@ -216,7 +233,9 @@ def crops(stream, length, batch_size, seed, skip=0, shard=(0, 1)):
     return numbers.map(draw, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def windows(stream, length, batch_size, context=0, shard=(0, 1)):
+def windows(
+    stream: Stream | np.ndarray, length: int, batch_size: int, context: int = 0, shard: tuple[int, int] = (0, 1)
+) -> tf.data.Dataset:
     """A `tf.data.Dataset` of (tokens, tokens, weights) that counts every position of a stream once.
 
     Windows of `length` positions follow one another, each `length - context` further on. In each, positions that
@@ -266,7 +285,7 @@ def windows(stream, length, batch_size, context=0, shard=(0, 1)):
     return dataset.map(cut, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def order0_entropy(sequences):
+def order0_entropy(sequences: Stream | npt.ArrayLike) -> float:
     """Bits for each byte of the best code that knows the bytes' frequencies and nothing else."""
     pieces = sequences.pieces if isinstance(sequences, Stream) else [np.asarray(sequences).reshape(-1)]
     counts = np.zeros(256, np.int64)
@@ -277,7 +296,7 @@ def order0_entropy(sequences):
     return float(-(share * np.log2(share)).sum())
 
 
-def _as_stream(stream):
+def _as_stream(stream: Stream | np.ndarray) -> Stream:
     return stream if isinstance(stream, Stream) else Stream([np.asarray(stream)])
 
 

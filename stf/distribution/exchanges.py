@@ -10,7 +10,7 @@ import math
 import tensorflow as tf
 
 WIDE = tf.complex128  # what copies move at a time: 16 bytes
-_counted = []
+_counted: list[list[int]] = []
 
 
 @contextlib.contextmanager

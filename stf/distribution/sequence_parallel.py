@@ -1,6 +1,8 @@
 """Sequences whose positions lie on several devices: the strategy that says which, and the step that it makes."""
 
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -40,7 +42,7 @@ class SequenceParallel(tf.distribute.MirroredStrategy):
         ValueError: `devices` are no different names; `devices_per_sequence` does not divide their number.
     """
 
-    def __init__(self, devices_per_sequence=None, devices=None):
+    def __init__(self, devices_per_sequence: int | None = None, devices: Sequence[str] | None = None) -> None:
         if devices is None:
             found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
             devices = [device.name for device in found]
@@ -54,15 +56,15 @@ class SequenceParallel(tf.distribute.MirroredStrategy):
                 f"devices_per_sequence must be an int that divides the number of devices, {len(devices)}. "
                 f"Received: devices_per_sequence={devices_per_sequence!r}"
             )
-        self._groups = [devices[at : at + count] for at in range(0, len(devices), count)]
+        self._groups: list[list[str]] = [devices[at : at + count] for at in range(0, len(devices), count)]
         super().__init__([group[0] for group in self._groups])
 
     @property
-    def devices_per_sequence(self):
+    def devices_per_sequence(self) -> int:
         """How many devices share a sequence."""
         return len(self._groups[0])
 
-    def devices_of_replica(self):
+    def devices_of_replica(self) -> list[str]:
         """The devices that share the sequences of the replica in whose context, within `run`, this is called."""
         return self._groups[replica_index()]
 
@@ -95,7 +97,7 @@ class SequenceParallelTrainer(ReplicatedTrainer):
         # XLA's programs are of one device each.
         return function() if whole_step and self._is_parallel else super()._compiled(function)
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Any]:
         """Keras' `train_step`, for optimizers that are not stf's; under a `SequenceParallel` by parts."""
         if not self._is_parallel:
             return super().train_step(data)
@@ -123,7 +125,7 @@ class SequenceParallelTrainer(ReplicatedTrainer):
         grads = tape.gradient(scaled, [variable.value for variable in self.trainable_variables])
         return update_metrics(), grads
 
-    def test_step(self, data):
+    def test_step(self, data: Any) -> dict[str, Any]:
         """Keras' `test_step`; under a `SequenceParallel` each device has its part of the sequences."""
         if not self._is_parallel:
             return super().test_step(data)

@@ -12,13 +12,21 @@ Keras 3.15 stands in the way in three places, none of which a model has to use:
 docs/distribution.md has the reports. Without a strategy everything is Keras' own.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 import tensorflow as tf
 
 from stf.distribution.replicas import replicas, sum_over_replicas
 
+if TYPE_CHECKING:
+    from keras import Model  # which `ReplicatedTrainer` stands before
+else:
+    Model = object
 
-class ReplicatedTrainer:
+
+class ReplicatedTrainer(Model):
     """For a `keras.Model`, before it in the list of bases: trains on all replicas of the strategy it was made under.
 
     Under a strategy a step is: loss and gradients of each replica's share, one compiled program each; one
@@ -31,26 +39,28 @@ class ReplicatedTrainer:
         asks_to_stop: set by whoever wants training to end, on one worker or more.
     """
 
+    train_function: Any  # Keras' own
+    test_function: Any
     asks_to_stop = False
     _takes_dynamic_shapes = True
-    _known_train_steps = (keras.Model.train_step,)
-    _votes = ()
+    _known_train_steps: tuple[Callable[..., Any], ...] = (keras.Model.train_step,)
+    _votes: Sequence[tf.Tensor] = ()
 
     @property
-    def workers(self):
+    def workers(self) -> int:
         """Processes that train this model together."""
         strategy = self.distribute_strategy
         count = strategy.num_replicas_in_sync
         return 1 if count == 1 else count // len(strategy.extended.worker_devices)
 
     @property
-    def told_to_stop(self):
+    def told_to_stop(self) -> bool:
         """Whether any worker asks to stop: the same answer on all of them, after the same step."""
         if self.workers == 1:
             return self.asks_to_stop
         return any(float(vote) > 0 for vote in self._votes[:-1])  # the last step may not have ended
 
-    def agree(self, asked):
+    def agree(self, asked: bool) -> bool:
         """Whether any worker asks: to be called by all of them at the same place."""
         if self.workers == 1:
             return asked
@@ -65,7 +75,7 @@ class ReplicatedTrainer:
 
         return float(count(tf.constant(float(asked)))[0]) > 0
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """Keras' `make_train_function`, under a strategy another."""
         if self._distribute_strategy is None:
             return super().make_train_function(force)
@@ -73,7 +83,7 @@ class ReplicatedTrainer:
             self.train_function = self._make_replicated(self._train_in_replica)
         return self.train_function
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         """Keras' `make_test_function`, under a strategy another."""
         if self._distribute_strategy is None:
             return super().make_test_function(force)

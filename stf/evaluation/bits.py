@@ -2,13 +2,18 @@
 
 import math
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from stf.layers.validation import positive
+from stf.typing import TensorLike
+
+if TYPE_CHECKING:
+    from stf.models import SparseTransformer
 
 
 class Evaluation(NamedTuple):
@@ -26,7 +31,7 @@ class Evaluation(NamedTuple):
     seconds: float
 
 
-def in_float32(model):
+def in_float32(model: keras.Model) -> keras.Model:
     """The model with its weights, computing in float32, whatever dtype policy it was trained under.
 
     The same model where it does so already. Weights are float32 under every policy.
@@ -39,7 +44,9 @@ def in_float32(model):
     return exact
 
 
-def score(model, tokens, batch_size=16, verbose=0):
+def score(
+    model: "SparseTransformer", tokens: TensorLike, batch_size: int = 16, verbose: int = 0
+) -> npt.NDArray[np.float32]:
     """The log-likelihood of each token given those before it.
 
     Args:
@@ -94,7 +101,7 @@ def _losses_of(model):
     return losses_of
 
 
-def evaluate(model, dataset, verbose=1):
+def evaluate(model: keras.Model, dataset: tf.data.Dataset, verbose: int = 1) -> Evaluation:
     """Mean bits for each token of a data set.
 
     Sums are in float64, so that neither the order nor the size of batches shows in the first six digits.

@@ -3,7 +3,9 @@
 import math
 import numbers
 import time
+from collections.abc import Sequence
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -12,7 +14,7 @@ from stf.evaluation.bits import Evaluation, progress_with_bits
 LEAST = 0.1  # of the mean scale, beside a weight's own: a token that training data hardly had must not jump
 
 
-def gradient_scales(model, dataset, verbose=1):
+def gradient_scales(model: keras.Model, dataset: tf.data.Dataset, verbose: int = 1) -> list[np.ndarray]:
     """The root mean square of each weight's gradient over batches: what `evaluate_dynamically` divides steps by.
 
     Args:
@@ -43,7 +45,14 @@ def gradient_scales(model, dataset, verbose=1):
     return [np.sqrt(square.numpy() / batches) for square in squares]
 
 
-def evaluate_dynamically(model, dataset, scales, learning_rate=3e-5, decay=0.0, verbose=1):
+def evaluate_dynamically(
+    model: keras.Model,
+    dataset: tf.data.Dataset,
+    scales: Sequence[np.ndarray],
+    learning_rate: float = 3e-5,
+    decay: float = 0.0,
+    verbose: int = 1,
+) -> Evaluation:
     """Mean bits for each token of a data set that is read once, in its order, by a model which learns as it reads.
 
     Each batch is scored with the weights as they are, and only then are the weights moved against the gradient of that

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -15,7 +16,7 @@ LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledE
 INFINITE = tf.data.INFINITE_CARDINALITY
 
 
-def make_strategy(environment=os.environ, devices_per_sequence=1):
+def make_strategy(environment: Mapping[str, str] = os.environ, devices_per_sequence: int = 1) -> tf.distribute.Strategy:
     """The machines of TF_CONFIG, or all GPUs of this machine, or the one device that it has.
 
     On several machines each process is started with the environment variable TF_CONFIG, in which all name the same
@@ -90,12 +91,14 @@ def worker_of(strategy):
     return (resolver.task_id, len(workers)) if len(workers) > 1 else (0, 1)
 
 
-def is_first(strategy):
+def is_first(strategy: tf.distribute.Strategy) -> bool:
     """Whether this process is the only one, or the first of several: the one that writes."""
     return worker_of(strategy)[0] == 0
 
 
-def distributed(make, strategy):
+def distributed(
+    make: Callable[[tuple[int, int]], tf.data.Dataset], strategy: tf.distribute.Strategy
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
     """Batches of which each machine makes its own rows only.
 
     Args:

@@ -1,6 +1,8 @@
 """A run as a command."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app
 
@@ -8,7 +10,7 @@ from stf.callbacks import CheckpointError
 from stf.experiments.errors import RunError
 
 
-def start(main, argv=None):
+def start(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> None:
     """`absl.app.run` for a program whose `RunError`s and `CheckpointError`s are its last line, without a traceback."""
 
     def guarded(arguments):

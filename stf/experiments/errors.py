@@ -1,6 +1,7 @@
 """What a run refuses."""
 
 import contextlib
+from collections.abc import Iterator
 
 
 class RunError(RuntimeError):
@@ -8,7 +9,7 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def blamed_on(flag):
+def blamed_on(flag: str) -> Iterator[None]:
     """Makes what reading data says of a file, or of a number that does not fit, one line that names the flag."""
     try:
         yield

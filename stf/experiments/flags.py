@@ -1,14 +1,19 @@
 """The flags that all training programs share."""
 
 import types
+from typing import Any
 
 import keras
+import tensorflow as tf
 from absl import flags
 
 import stf.models
 import stf.training
 from stf.callbacks import AttentionMaps
+from stf.callbacks.views import View
+from stf.data.sequences import Stream
 from stf.experiments.errors import RunError
+from stf.typing import PathLike
 
 FLAGS = flags.FLAGS
 SETTINGS = (
@@ -17,7 +22,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def define(preset, run_dir):
+def define(preset: str, run_dir: str) -> None:
     """Defines the flags of a run; what a preset's recipe holds is the recipe's unless a flag says otherwise.
 
     Args:
@@ -54,7 +59,7 @@ def define(preset, run_dir):
     flags.DEFINE_integer("seed", 0, "Of initial weights, order of the data, dropout and samples.")
 
 
-def options():
+def options() -> types.SimpleNamespace:
     """The flags' values, the recipe's where a flag is not given: a namespace.
 
     Raises:
@@ -75,13 +80,13 @@ def options():
     return types.SimpleNamespace(**found)
 
 
-def schedule():
+def schedule() -> stf.training.WarmupCosine:
     """The learning rate of the run; its warm-up is at most the whole run."""
     o = options()
     return stf.training.WarmupCosine(o.learning_rate, o.steps, min(o.warmup_steps, o.steps))
 
 
-def make_model(metric="bits_per_dim"):
+def make_model(metric: str = "bits_per_dim") -> stf.models.SparseTransformer:
     """The model to train, compiled; called under the strategy that trains it."""
     o = options()
     overrides = {} if o.num_blocks is None else {"num_blocks": o.num_blocks}
@@ -101,7 +106,7 @@ def make_model(metric="bits_per_dim"):
     return model
 
 
-def prepare():
+def prepare() -> types.SimpleNamespace:
     """Seeds and dtype policy of a run; returns its `options`."""
     o = options()
     keras.utils.set_random_seed(o.seed)
@@ -109,7 +114,7 @@ def prepare():
     return o
 
 
-def map_options():
+def map_options() -> dict[str, Any]:
     """What the flags say to `stf.callbacks.AttentionMaps`: keyword arguments.
 
     Raises:
@@ -125,7 +130,7 @@ def map_options():
     return found
 
 
-def maps_of_stream(log_dir, stream, length, view):
+def maps_of_stream(log_dir: PathLike, stream: Stream, length: int, view: View) -> AttentionMaps:
     """The attention maps of a run on text or sound, a `stf.callbacks.AttentionMaps`.
 
     Args:
@@ -142,7 +147,7 @@ def maps_of_stream(log_dir, stream, length, view):
     return AttentionMaps(log_dir, tokens, most_layers=4, view=view, **map_options())
 
 
-def run_arguments(data, strategy):
+def run_arguments(data: str, strategy: tf.distribute.Strategy) -> dict[str, Any]:
     """What the flags say to `stf.experiments.run`: keyword arguments.
 
     Args:

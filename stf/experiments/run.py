@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from stf.callbacks import (
@@ -21,23 +24,24 @@ from stf.experiments import cluster
 from stf.experiments.errors import RunError
 from stf.experiments.record import Record
 from stf.training.optimizer import steps_taken, use_average
+from stf.typing import PathLike
 
 
 def run(
-    make_model,
-    train,
-    validation,
-    run_dir,
-    steps,
-    epochs,
-    resume=False,
-    callbacks=(),
-    overwrite=False,
-    settings=None,
-    schedule=None,
-    checkpoint_minutes=10.0,
-    strategy=None,
-):
+    make_model: Callable[[], keras.Model],
+    train: Callable[[int, tuple[int, int]], tf.data.Dataset],
+    validation: Callable[[tuple[int, int]], tf.data.Dataset],
+    run_dir: PathLike,
+    steps: int,
+    epochs: int,
+    resume: bool = False,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    overwrite: bool = False,
+    settings: dict[str, Any] | None = None,
+    schedule: keras.optimizers.schedules.LearningRateSchedule | None = None,
+    checkpoint_minutes: float | None = 10.0,
+    strategy: tf.distribute.Strategy | None = None,
+) -> keras.Model:
     """Trains a model up to a step; each of `epochs` parts ends with validation and a checkpoint.
 
     SIGTERM and Ctrl-C end it after the step in hand, with a checkpoint. With a strategy of several machines each of
@@ -134,10 +138,11 @@ def run(
                     verbose="auto" if chief else 0,
                 )
             done, first = done + count * length, []
-            if stop.agree(model):
+            received = stop.agree(model)
+            if received:
                 taken = steps_taken(model.optimizer)
-                say(f"stopped by {stop.received.name} after step {taken}; --resume goes on from {path}", flush=True)
-                raise SystemExit(128 + stop.received)
+                say(f"stopped by {received.name} after step {taken}; --resume goes on from {path}", flush=True)
+                raise SystemExit(128 + received)
     if not fits:
         use_average(model)
     return model

@@ -8,6 +8,7 @@ import tensorflow as tf
 from stf.generation.slots import slots_of
 from stf.layers.validation import positive
 from stf.patterns.lowering import programs
+from stf.patterns.pattern import Pattern
 
 
 class KeyValueCache:
@@ -46,7 +47,9 @@ class KeyValueCache:
         ValueError: an argument that does not fit; names it.
     """
 
-    def __init__(self, pattern, num_heads, length, key_dim, value_dim, layers=1):
+    def __init__(
+        self, pattern: Pattern, num_heads: int, length: int, key_dim: int, value_dim: int, layers: int = 1
+    ) -> None:
         self.num_heads = positive("num_heads", num_heads)
         self.length = positive("length", length)
         self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
@@ -56,26 +59,26 @@ class KeyValueCache:
         ]
 
     @property
-    def slots(self):
+    def slots(self) -> list[int]:
         """Positions that are kept of each head, of one layer: a list of ints."""
         return self._of_heads(lambda part: part.slots)
 
     @property
-    def slots_read(self):
+    def slots_read(self) -> list[int]:
         """Positions that a step reads of each head, of one layer: a list of ints."""
         return self._of_heads(_reads)
 
     @property
-    def part_reads(self):
+    def part_reads(self) -> list[list[int]]:
         """For each program, how many slots a step reads of each of its parts: lists of ints."""
         return [[_reads(part) for part in parts] for parts in self._programs]
 
-    def reads(self, position):
+    def reads(self, position: int | tf.Tensor) -> tf.Tensor:
         """For all parts, one behind another, the slots that the query at `position` attends to; -1: none. int32."""
         parts = itertools.chain(*self._programs)
         return tf.concat([tf.where(part.seen(position), part.read_slots(position), -1) for part in parts], 0)
 
-    def writes(self, position):
+    def writes(self, position: int | tf.Tensor) -> tf.Tensor:
         """The slot of each part that a position's key and value go to; -1: none. int32 `[part]`."""
         parts = itertools.chain(*self._programs)
         return tf.stack([tf.where(part.keeps(position), part.slot(position), -1) for part in parts])
@@ -84,16 +87,16 @@ class KeyValueCache:
         of_program = [sum(map(count, parts)) for parts in self._programs]
         return [of_program[head % len(of_program)] for head in range(self.num_heads)]
 
-    def bytes(self, batch_size, dtype="float32"):
+    def bytes(self, batch_size: int, dtype: str = "float32") -> int:
         """Bytes of a state."""
         per_slot = (self.key_dim + self.value_dim) * tf.as_dtype(dtype).size
         return self.layers * batch_size * sum(self.slots) * per_slot
 
-    def zeros(self, batch_size, dtype="float32"):
+    def zeros(self, batch_size: int, dtype: str = "float32") -> list[tf.Tensor]:
         """A state in which nothing was written: a list of tensors `[layers * slot, batch, head, depth]`."""
         return [tf.zeros(shape, dtype) for shape in self.shapes(batch_size)]
 
-    def shapes(self, batch_size):
+    def shapes(self, batch_size: int) -> list[tuple[int, int, int, int]]:
         """Shapes of a state's tensors."""
         shapes = []
         for program, parts in enumerate(self._programs):
@@ -104,7 +107,14 @@ class KeyValueCache:
                 ]
         return shapes
 
-    def write(self, state, key, value, position, layer=0):
+    def write(
+        self,
+        state: list[tf.Tensor],
+        key: tf.Tensor,
+        value: tf.Tensor,
+        position: int | tf.Tensor,
+        layer: int | tf.Tensor = 0,
+    ) -> list[tf.Tensor]:
         """The state with a position's key and value.
 
         Args:
@@ -127,7 +137,7 @@ class KeyValueCache:
                 written.append(tf.tensor_scatter_nd_update(tensor, [[slot]], new[None]))
         return written
 
-    def fill(self, key, value, count):
+    def fill(self, key: tf.Tensor, value: tf.Tensor, count: int | tf.Tensor) -> list[tf.Tensor]:
         """A state, of one layer, of the first `count` positions at once.
 
         Args:
@@ -147,7 +157,14 @@ class KeyValueCache:
                     state.append(tf.transpose(tf.gather(tensor[:, :, heads], positions, axis=1), [1, 0, 2, 3]))
         return state
 
-    def attend(self, state, query, position, scale=None, layer=0):
+    def attend(
+        self,
+        state: list[tf.Tensor],
+        query: tf.Tensor,
+        position: int | tf.Tensor,
+        scale: float | None = None,
+        layer: int | tf.Tensor = 0,
+    ) -> tf.Tensor:
         """Attention of the query at `position`, whose own key and value have been written.
 
         Scores, softmax and sums are in float32 (Section 5.6; float64 where the query is).

@@ -4,9 +4,16 @@ import numpy as np
 import tensorflow as tf
 
 from stf.layers.dropout import random_words
+from stf.typing import TensorLike
 
 
-def draw(logits, temperature, seed, top_k=None, top_p=None):
+def draw(
+    logits: TensorLike,
+    temperature: float | tf.Tensor,
+    seed: TensorLike,
+    top_k: int | tf.Tensor | None = None,
+    top_p: float | None = None,
+) -> tf.Tensor:
     """One token for each row of logits, by the largest of logits plus Gumbel noise.
 
     The noise of a row follows from `seed` and the row's number alone: it is the same on every device, compiled or not,

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
@@ -10,6 +12,10 @@ from stf.generation.cache import KeyValueCache
 from stf.generation.categorical import draw
 from stf.layers.block import BlockWeights
 from stf.layers.validation import positive
+from stf.typing import TensorLike
+
+if TYPE_CHECKING:
+    from stf.models import SparseTransformer
 
 UNROLLED = 8  # blocks of a model up to which they are run without a loop
 
@@ -30,7 +36,9 @@ class Decoder:
         caches: a `KeyValueCache` of each of the model's patterns, which its blocks take in turn.
     """
 
-    def __init__(self, model, batch_size, length, cache_dtype=None):
+    def __init__(
+        self, model: "SparseTransformer", batch_size: int, length: int, cache_dtype: str | None = None
+    ) -> None:
         length = positive("length", length)
         if length > model.length:
             raise ValueError(f"length must be from 1 to the model's {model.length}. Received: length={length}")
@@ -56,15 +64,15 @@ class Decoder:
         self._several = tf.function(self._draw, jit_compile=True)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Bytes of the caches of a batch."""
         return sum(cache.bytes(self.batch_size, self.cache_dtype) for cache in self.caches)
 
-    def zeros(self):
+    def zeros(self) -> list[list[tf.Tensor]]:
         """The state before the first position: a list, for each cache, of its tensors."""
         return [cache.zeros(self.batch_size, self.cache_dtype) for cache in self.caches]
 
-    def prefill(self, tokens, conditions=None):
+    def prefill(self, tokens: TensorLike, conditions: TensorLike | None = None) -> list[list[tf.Tensor]]:
         """The state when a prefix has been read, in one pass over all of its positions.
 
         Args:
@@ -80,7 +88,13 @@ class Decoder:
         padded = tf.pad(tf.cast(tokens, tf.int32), [[0, 0], [0, self._padded(count) - count]])
         return self._prefill(padded, tf.constant(count), conditions)
 
-    def step(self, state, token, position, conditions=None):
+    def step(
+        self,
+        state: list[list[tf.Tensor]],
+        token: TensorLike,
+        position: int | tf.Tensor,
+        conditions: TensorLike | None = None,
+    ) -> tuple[tf.Tensor, list[list[tf.Tensor]]]:
         """One position: its logits `[batch, vocab_size]`, and the state behind it.
 
         Args:
@@ -96,19 +110,19 @@ class Decoder:
 
     def draw(
         self,
-        state,
-        token,
-        ended,
-        position,
-        count,
-        seed,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        stop=(),
-        most=64,
-        conditions=None,
-    ):
+        state: list[list[tf.Tensor]],
+        token: TensorLike,
+        ended: TensorLike,
+        position: int | tf.Tensor,
+        count: int,
+        seed: TensorLike,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[int] = (),
+        most: int = 64,
+        conditions: TensorLike | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[list[tf.Tensor]]]:
         """Draws tokens one after another, without Python between them.
 
         Args:

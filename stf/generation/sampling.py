@@ -1,13 +1,20 @@
 """Samples of a model, drawn bit by bit or whole."""
 
 import numbers
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from stf.generation.decoder import Decoder
 from stf.layers.validation import positive, seed_or_none
+from stf.typing import TensorLike
+
+if TYPE_CHECKING:
+    from stf.models import SparseTransformer
 
 
 class Sampler:
@@ -51,18 +58,18 @@ class Sampler:
 
     def __init__(
         self,
-        model,
-        batch_size=1,
-        temperature=1.0,
-        prefix=None,
-        length=None,
-        seed=None,
-        top_k=None,
-        top_p=None,
-        stop=None,
-        cache_dtype=None,
-        conditions=None,
-    ):
+        model: "SparseTransformer",
+        batch_size: int = 1,
+        temperature: float = 1.0,
+        prefix: TensorLike | None = None,
+        length: int | None = None,
+        seed: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
+        cache_dtype: str | None = None,
+        conditions: TensorLike | None = None,
+    ) -> None:
         length = model.length if length is None else positive("length", length)
         seed = seed_or_none(seed)
         self._check(model, temperature, top_k, top_p)
@@ -78,22 +85,22 @@ class Sampler:
         self._drawn = prefix, None, np.zeros(len(prefix), bool)
 
     @property
-    def tokens(self):
+    def tokens(self) -> npt.NDArray[np.int32]:
         """What was drawn so far, behind the prefix."""
         return self._drawn[0]
 
     @property
-    def done(self):
+    def done(self) -> bool:
         """Whether nothing is left to draw."""
         tokens, _, ended = self._drawn
         return tokens.shape[1] == self.length or bool(np.all(ended))
 
     @property
-    def cache_bytes(self):
+    def cache_bytes(self) -> int:
         """Bytes of the keys and values that are kept."""
         return self.decoder.bytes
 
-    def draw(self, count):
+    def draw(self, count: int) -> npt.NDArray[np.int32]:
         """Draws up to `count` tokens more of each sample.
 
         Returns:
@@ -131,7 +138,9 @@ CHUNK = 64  # tokens that one call of the compiled loop draws at the most
 DECODERS = 8  # of a model that are kept, each for a batch size and a length
 
 
-def generate(model, verbose=1, callback=None, **arguments):
+def generate(
+    model: "SparseTransformer", verbose: int = 1, callback: Callable[[np.ndarray], Any] | None = None, **arguments: Any
+) -> npt.NDArray[np.int32]:
     """Samples of a `SparseTransformer`; see its method of the same name."""
     sampler = Sampler(model, **arguments)
     if verbose == 2:

@@ -1,8 +1,11 @@
 """Multi-head self-attention over any sparse pattern."""
 
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from stf import ops, patterns
@@ -12,6 +15,8 @@ from stf.layers.rotary import RotaryEmbedding
 from stf.layers.shapes import batch_and_positions
 from stf.layers.validation import positive, positives, seed_or_none
 from stf.ops.reference import allowed_pairs, reference_weights, weighted_values
+from stf.patterns.pattern import Pattern
+from stf.typing import Constraint, Initializer, Regularizer, Shape, TensorLike
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -93,29 +98,29 @@ class SparseAttention(keras.layers.Layer):
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        pattern,
-        value_dim=None,
-        use_bias=True,
-        output_shape=None,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        output_initializer=None,
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        seed=None,
-        num_key_value_heads=None,
-        attention_sink=False,
-        rotary=False,
-        rotary_base=10_000.0,
-        rotary_scaling=1.0,
-        restart=False,
-        **kwargs,
-    ):
+        num_heads: int,
+        key_dim: int,
+        pattern: Pattern | dict[str, Any],
+        value_dim: int | None = None,
+        use_bias: bool = True,
+        output_shape: int | Sequence[int] | None = None,
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
+        output_initializer: Initializer | None = None,
+        kernel_regularizer: Regularizer = None,
+        bias_regularizer: Regularizer = None,
+        activity_regularizer: Regularizer = None,
+        kernel_constraint: Constraint = None,
+        bias_constraint: Constraint = None,
+        seed: int | None = None,
+        num_key_value_heads: int | None = None,
+        attention_sink: bool = False,
+        rotary: bool = False,
+        rotary_base: float = 10_000.0,
+        rotary_scaling: float = 1.0,
+        restart: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         self.supports_masking = True
         self.num_heads = positive("num_heads", num_heads)
@@ -148,7 +153,7 @@ class SparseAttention(keras.layers.Layer):
             raise ValueError(f"`key_dim` must be even where rotary=True. Received: key_dim={key_dim}")
         self.restart = bool(restart)
 
-    def build(self, query_shape, value_shape=None, key_shape=None):
+    def build(self, query_shape: Shape, value_shape: Shape | None = None, key_shape: Shape | None = None) -> None:
         value_shape = query_shape if value_shape is None else value_shape
         key_shape = value_shape if key_shape is None else key_shape
         self._check_shapes(query_shape, value_shape, key_shape)
@@ -193,21 +198,21 @@ class SparseAttention(keras.layers.Layer):
 
     def call(
         self,
-        query,
-        value=None,
-        key=None,
-        lengths=None,
-        query_mask=None,
-        mask=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=True,
-        value_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        segment_ids=None,
-        document_starts=None,
-    ):
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
+        lengths: TensorLike | None = None,
+        query_mask: TensorLike | None = None,
+        mask: TensorLike | None = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = True,
+        value_mask: TensorLike | None = None,
+        key_mask: TensorLike | None = None,
+        attention_mask: TensorLike | None = None,
+        segment_ids: TensorLike | None = None,
+        document_starts: TensorLike | None = None,
+    ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
         if not use_causal_mask:
             raise ValueError(
                 f"`use_causal_mask` must be True: every pattern is causal. Received: use_causal_mask={use_causal_mask}"
@@ -217,8 +222,10 @@ class SparseAttention(keras.layers.Layer):
             query_mask = value_mask = key_mask = None
         if value is None or query_mask is value_mask:  # one mask, of queries and keys
             query_mask, value_mask = None, query_mask if value_mask is None else value_mask
+        batch, positions = batch_and_positions(query)
         masks = read_masks(
-            *batch_and_positions(query),
+            batch,
+            positions,
             query_mask,
             (value_mask, key_mask),
             attention_mask,
@@ -233,14 +240,23 @@ class SparseAttention(keras.layers.Layer):
         output, scores = self._dense_attention(*projected, masks)
         return masks.nan_where_refused(self.combine(output)), masks.nan_where_refused(scores)
 
-    def project(self, query, value=None, key=None):
+    def project(
+        self, query: TensorLike, value: TensorLike | None = None, key: TensorLike | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Query, key and value, `[batch, position, head, depth]` each, of the heads that each has."""
         value = query if value is None else value
         key = value if key is None else key
         self._check_shapes(query.shape, value.shape, key.shape)
         return self.query_dense(query), self.key_dense(key), self.value_dense(value)
 
-    def attend(self, query, key, value, lengths=None, documents=None):
+    def attend(
+        self,
+        query: TensorLike,
+        key: TensorLike,
+        value: TensorLike,
+        lengths: TensorLike | None = None,
+        documents: TensorLike | None = None,
+    ) -> tf.Tensor:
         """Attention of projected heads, `[batch, position, head, value_dim]`.
 
         Args:
@@ -258,7 +274,13 @@ class SparseAttention(keras.layers.Layer):
     def _arguments(self, masks):
         return {"lengths": masks.lengths, "documents": masks.documents, "restart": self.restart}
 
-    def with_positions(self, query, key, documents=None, positions=None):
+    def with_positions(
+        self,
+        query: TensorLike,
+        key: TensorLike,
+        documents: TensorLike | None = None,
+        positions: TensorLike | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Query and key, turned by their positions where the layer is rotary.
 
         Args:
@@ -273,7 +295,7 @@ class SparseAttention(keras.layers.Layer):
             positions = place - tf.cast(documents[:, :, 0], tf.float64)
         return tuple(self.rotary_embedding(x, positions=positions) for x in (query, key))
 
-    def combine(self, heads):
+    def combine(self, heads: tf.Tensor) -> tf.Tensor:
         """The output projection of all heads' attention."""
         return self.output_dense(heads)
 
@@ -287,7 +309,9 @@ class SparseAttention(keras.layers.Layer):
         output = weighted_values(scores, tf.cast(value, dtype))
         return tf.cast(output, value.dtype), tf.cast(scores, value.dtype)
 
-    def attention_weights(self, inputs, positions):
+    def attention_weights(
+        self, inputs: TensorLike, positions: Sequence[int]
+    ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """What chosen queries attend to, over their own keys alone: nothing of size n x n is made.
 
         Args:
@@ -301,20 +325,29 @@ class SparseAttention(keras.layers.Layer):
         query, key, _ = self.project(inputs)
         return weights_of_queries(*self.with_positions(query, key), self.pattern, positions, self.sink)
 
-    def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
+    def compute_output_shape(
+        self, query_shape: Shape, value_shape: Shape | None = None, key_shape: Shape | None = None
+    ) -> Shape:
         value_shape = query_shape if value_shape is None else value_shape
         self._check_shapes(query_shape, value_shape, value_shape if key_shape is None else key_shape)
         return (*query_shape[:2], *(self._output_shape or (query_shape[-1],)))
 
-    def compute_output_spec(self, query, value=None, key=None, return_attention_scores=False, **kwargs):
-        shapes = [None if x is None else x.shape for x in (query, value, key)]
-        output = keras.KerasTensor(self.compute_output_shape(*shapes), dtype=self.compute_dtype)
+    def compute_output_spec(
+        self,
+        query: TensorLike,
+        value: TensorLike | None = None,
+        key: TensorLike | None = None,
+        return_attention_scores: bool = False,
+        **kwargs: Any,
+    ) -> keras.KerasTensor | tuple[keras.KerasTensor, keras.KerasTensor]:
+        others = (None if x is None else x.shape for x in (value, key))
+        output = keras.KerasTensor(self.compute_output_shape(query.shape, *others), dtype=self.compute_dtype)
         if not return_attention_scores:
             return output
         shape = (query.shape[0], self.num_heads, query.shape[1], query.shape[1])
         return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
-    def compute_mask(self, query, previous_mask=None):
+    def compute_mask(self, query: TensorLike, previous_mask: TensorLike | None = None) -> TensorLike | None:
         return previous_mask
 
     def _check_shapes(self, *shapes):
@@ -325,7 +358,7 @@ class SparseAttention(keras.layers.Layer):
                 "positions. Received shapes: query={}, value={}, key={}".format(*shapes)
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         serialize = keras.saving.serialize_keras_object
         config.update(

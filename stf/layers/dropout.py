@@ -1,8 +1,13 @@
 """Dropout whose mask is a function of a seed, so that a recompute draws it again."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
+
+if TYPE_CHECKING:
+    from keras.layers import Layer  # which `SavedSeed` stands before
+else:
+    Layer = object
 
 
 class Part(NamedTuple):
@@ -19,19 +24,19 @@ class Part(NamedTuple):
     step: int
 
 
-class SavedSeed:
+class SavedSeed(Layer):
     """For layers with a `seed_generator`: its state is saved with the weights, which Keras' own layers leave out.
 
     So training that goes on from a checkpoint drops what it would have dropped without a stop.
     """
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Saves the weights, and the seed."""
         super().save_own_variables(store)
         if self.seed_generator is not None:
             store["seed"] = tf.convert_to_tensor(self.seed_generator.state).numpy()
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Loads the weights, and the seed where it was saved."""
         super().load_own_variables({name: store[name] for name in store.keys() if name != "seed"})
         if self.seed_generator is not None and "seed" in store.keys():

@@ -1,12 +1,15 @@
 """From tokens to the residual stream: token, position and start vectors."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
 from stf.layers.initialization import INITIALIZATIONS, paper_initializer
 from stf.layers.validation import positive, positives, seed_or_none
+from stf.typing import Shape, TensorLike
 
 MOST_ONE_HOT = 4096  # rows of a token table up to which its gradient is a matrix product
 
@@ -52,7 +55,16 @@ class SequenceEmbedding(keras.layers.Layer):
             condition that its table does not have.
     """
 
-    def __init__(self, vocab_size, model_dim, position_shape, init="released", seed=None, conditions=(), **kwargs):
+    def __init__(
+        self,
+        vocab_size: int,
+        model_dim: int,
+        position_shape: Sequence[int],
+        init: Literal["released", "standard_deviation", "variance"] = "released",
+        seed: int | None = None,
+        conditions: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.vocab_size = positive("vocab_size", vocab_size)
         self.model_dim = positive("model_dim", model_dim)
@@ -66,11 +78,11 @@ class SequenceEmbedding(keras.layers.Layer):
         )
 
     @property
-    def longest(self):
+    def longest(self) -> int:
         """Length of the longest sequence."""
         return math.prod(self.position_shape)
 
-    def build(self, tokens_shape):
+    def build(self, tokens_shape: Shape) -> None:
         def initializer(number, n_emb=1):
             seed = None if self.seed is None else self.seed + number
             return paper_initializer(self.model_dim * n_emb, init=self.init, seed=seed)
@@ -93,7 +105,7 @@ class SequenceEmbedding(keras.layers.Layer):
             for k, size in enumerate(self.conditions)
         ]
 
-    def call(self, tokens, conditions=None):
+    def call(self, tokens: TensorLike, conditions: TensorLike | None = None) -> tf.Tensor:
         conditions = self._checked(conditions, tokens.shape[0])
         # Only what stays is looked up: the last token predicts nothing.
         last = self._positions(tokens) - 1
@@ -103,7 +115,7 @@ class SequenceEmbedding(keras.layers.Layer):
         embedded = tf.concat([self._starts(tokens), shifted], axis=1)[:, : tf.shape(tokens)[1]]
         return self._conditioned(embedded, conditions)
 
-    def part(self, tokens, begin, end, conditions=None):
+    def part(self, tokens: TensorLike, begin: int, end: int, conditions: TensorLike | None = None) -> tf.Tensor:
         """What `call` gives for the positions from `begin` to `end`, as one of several devices needs it.
 
         Args:
@@ -186,7 +198,7 @@ class SequenceEmbedding(keras.layers.Layer):
             total += tf.reshape(table, shape)
         return tf.reshape(total, [rows * inner, self.model_dim])[begin - first * inner : end - first * inner]
 
-    def step(self, token, position, conditions=None):
+    def step(self, token: TensorLike, position: int | tf.Tensor, conditions: TensorLike | None = None) -> tf.Tensor:
         """What `call` gives for one `position`, from the token before it.
 
         Args:
@@ -209,10 +221,10 @@ class SequenceEmbedding(keras.layers.Layer):
             vector += self._of_conditions(conditions, tf.shape(token)[0])
         return vector[:, None]
 
-    def compute_output_shape(self, tokens_shape, conditions_shape=None):
+    def compute_output_shape(self, tokens_shape: Shape, conditions_shape: Shape | None = None) -> Shape:
         return (*tokens_shape, self.model_dim)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "vocab_size": self.vocab_size,

@@ -1,5 +1,7 @@
 """Fixed attention."""
 
+from typing import Any, Literal
+
 import keras
 
 from stf.layers.attention import SparseAttention
@@ -45,13 +47,21 @@ class FixedAttention(SparseAttention):
     Call arguments, returns and errors: those of `SparseAttention`.
     """
 
-    def __init__(self, num_heads, key_dim, stride, summary, mode="merged", **kwargs):
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        stride: int,
+        summary: int,
+        mode: Literal["merged", "block", "summary", "multihead"] = "merged",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_heads, key_dim, fixed_pattern(stride, summary, mode), **kwargs)
         self.stride = int(stride)
         self.summary = int(summary)
         self.mode = mode
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["pattern"]
         return {**config, "stride": self.stride, "summary": self.summary, "mode": self.mode}

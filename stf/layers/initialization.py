@@ -1,5 +1,7 @@
 """Initial values as the paper has them, and seeds that differ from kernel to kernel."""
 
+from typing import Literal
+
 import keras
 
 from stf.layers.validation import positive
@@ -7,7 +9,12 @@ from stf.layers.validation import positive
 INITIALIZATIONS = ("released", "standard_deviation", "variance")
 
 
-def paper_initializer(fan_in, scale=1.0, init="released", seed=None):
+def paper_initializer(
+    fan_in: int,
+    scale: float = 1.0,
+    init: Literal["released", "standard_deviation", "variance"] = "released",
+    seed: int | None = None,
+) -> keras.initializers.Initializer:
     """The paper's normal initializer, N(0, 0.125 / sqrt(fan_in)) (Section 6).
 
     The paper does not say whether the second argument is a standard deviation or a variance.

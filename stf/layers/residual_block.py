@@ -1,5 +1,7 @@
 """The residual block of Sparse Transformers."""
 
+from typing import Any, Self
+
 import keras
 import tensorflow as tf
 
@@ -8,6 +10,7 @@ from stf.layers.block import residual_add, sigmoid_gelu
 from stf.layers.dropout import SavedSeed
 from stf.layers.initialization import seeded
 from stf.layers.validation import above_zero, positive, rate, seed_or_none
+from stf.typing import Initializer, Regularizer, Shape, TensorLike
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -57,18 +60,18 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
 
     def __init__(
         self,
-        attention,
-        ff_dim=None,
-        dropout=0.0,
-        recompute=False,
-        epsilon=1e-5,
-        kernel_initializer="glorot_uniform",
-        output_initializer=None,
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        seed=None,
-        **kwargs,
-    ):
+        attention: keras.layers.Layer,
+        ff_dim: int | None = None,
+        dropout: float = 0.0,
+        recompute: bool = False,
+        epsilon: float = 1e-5,
+        kernel_initializer: Initializer = "glorot_uniform",
+        output_initializer: Initializer | None = None,
+        bias_initializer: Initializer = "zeros",
+        kernel_regularizer: Regularizer = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         if not isinstance(attention, keras.layers.Layer):
@@ -90,7 +93,7 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         self.seed = seed_or_none(seed)
         self.seed_generator = keras.random.SeedGenerator(self.seed) if self.dropout else None
 
-    def build(self, inputs_shape):
+    def build(self, inputs_shape: Shape) -> None:
         width = inputs_shape[-1]
         hidden = 4 * width if self.ff_dim is None else self.ff_dim
         self.attention_norm = self._norm("attention_norm")
@@ -119,7 +122,15 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
             name=name,
         )
 
-    def call(self, inputs, lengths=None, mask=None, training=None, segment_ids=None, document_starts=None):
+    def call(
+        self,
+        inputs: TensorLike,
+        lengths: TensorLike | None = None,
+        mask: TensorLike | None = None,
+        training: bool | None = None,
+        segment_ids: TensorLike | None = None,
+        document_starts: TensorLike | None = None,
+    ) -> tf.Tensor:
         options = {"lengths": lengths, "segment_ids": segment_ids, "document_starts": document_starts}
         options |= {"mask": mask if lengths is None else None}
         options = {name: option for name, option in options.items() if option is not None}
@@ -129,13 +140,15 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
             return tf.recompute_grad(lambda stream: self.residual(stream, options, seed))(inputs)
         return self.residual(inputs, options, seed)
 
-    def next_seed(self, training=None):
+    def next_seed(self, training: bool | None = None) -> tf.Tensor | None:
         """The seed of this call's dropout, int32 `[2]`; None where nothing is dropped."""
         if not training or self.seed_generator is None:
             return None
         return next_seed(self.seed_generator)
 
-    def residual(self, stream, options=None, seed=None):
+    def residual(
+        self, stream: tf.Tensor, options: dict[str, Any] | None = None, seed: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """The block without anything that a call changes: Eqs. 12-14, with dropout's masks drawn from `seed`.
 
         Args:
@@ -148,20 +161,20 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         stream = residual_add(stream, a, self.dropout, seed, 0)
         return residual_add(stream, self.feed_forward(self.feed_forward_norm(stream)), self.dropout, seed, 1)
 
-    def feed_forward(self, inputs):
+    def feed_forward(self, inputs: TensorLike) -> tf.Tensor:
         """`W2 f(W1 x + b1) + b2` at each position (Eq. 14)."""
         return self.output_dense(sigmoid_gelu(self.hidden_dense(inputs)))
 
-    def compute_output_shape(self, inputs_shape):
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
         return inputs_shape
 
-    def compute_output_spec(self, inputs, **kwargs):
+    def compute_output_spec(self, inputs: TensorLike, **kwargs: Any) -> keras.KerasTensor:
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
-    def compute_mask(self, inputs, previous_mask=None):
+    def compute_mask(self, inputs: TensorLike, previous_mask: TensorLike | None = None) -> TensorLike | None:
         return previous_mask
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         serialize = keras.saving.serialize_keras_object
         config.update(
@@ -179,7 +192,7 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         config["attention"] = keras.saving.deserialize_keras_object(config["attention"])
         return cls(**config)

@@ -1,6 +1,8 @@
 """A stack of residual blocks whose weights are stacked, run by one loop."""
 
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -18,6 +20,8 @@ from stf.layers.parallel_blocks import ParallelBlocks
 from stf.layers.residual_block import SparseResidualBlock
 from stf.layers.residual_loop import ResidualLoop
 from stf.layers.validation import above_zero, positive, rate, seed_or_none
+from stf.patterns.pattern import Pattern
+from stf.typing import Initializer, Shape, TensorLike
 
 RECOMPUTE = (False, "attention", True)
 
@@ -74,22 +78,22 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
 
     def __init__(
         self,
-        num_blocks,
-        patterns,
-        num_heads,
-        key_dim,
-        value_dim=None,
-        ff_dim=None,
-        dropout=0.0,
-        recompute=False,
-        epsilon=1e-5,
-        kernel_initializer="glorot_uniform",
-        attention_output_initializer=None,
-        output_initializer=None,
-        bias_initializer="zeros",
-        seed=None,
-        **kwargs,
-    ):
+        num_blocks: int,
+        patterns: Sequence[Pattern | dict[str, Any]],
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        ff_dim: int | None = None,
+        dropout: float = 0.0,
+        recompute: bool | Literal["attention"] = False,
+        epsilon: float = 1e-5,
+        kernel_initializer: Initializer = "glorot_uniform",
+        attention_output_initializer: Initializer | None = None,
+        output_initializer: Initializer | None = None,
+        bias_initializer: Initializer = "zeros",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.num_blocks = positive("num_blocks", num_blocks)
         if not isinstance(patterns, list | tuple) or not patterns:
@@ -113,11 +117,11 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         self.seed = seed_or_none(seed)
         self.seed_generator = keras.random.SeedGenerator(self.seed) if self.dropout else None
 
-    def pattern(self, index):
+    def pattern(self, index: int) -> Pattern:
         """The pattern of a block."""
         return self.patterns[index % len(self.patterns)]
 
-    def build(self, inputs_shape):
+    def build(self, inputs_shape: Shape) -> None:
         width = inputs_shape[-1]
         hidden = 4 * width if self.ff_dim is None else self.ff_dim
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
@@ -165,7 +169,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         variable.stacked_axes = 1  # what a recipe asks of a weight's rank, it asks of a block's own: see stf.training
         return variable
 
-    def stacked_weights(self, index=None):
+    def stacked_weights(self, index: int | None = None) -> BlockWeights:
         """`stf.layers.block.BlockWeights` of all blocks `[block, ...]`, or of one; kernels in the dtype computed in."""
         whole = self._folded_weights(index)
         return BlockWeights(*map(tf.cast, whole, self._dtypes_computed_in(whole)))
@@ -188,7 +192,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         pairs = (projection, combining, hidden, (w["output_kernel"], w["output_bias"]))
         return BlockWeights(*itertools.chain(*pairs))
 
-    def block(self, index):
+    def block(self, index: int) -> Block:
         """One block as functions of its own weights, which are copies: a `stf.layers.block.Block`.
 
         For looking at a block, and for running blocks one by one (generation, attention maps).
@@ -196,7 +200,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         self._check_index(index)
         return self.make_block(index, self.stacked_weights(index))
 
-    def make_block(self, index, weights):
+    def make_block(self, index: int, weights: BlockWeights) -> Block:
         """Block `index` of `BlockWeights` that are at hand, such as slices of `stacked_weights`."""
         return Block(
             weights, self.pattern(index), self.num_heads, self.key_dim, self.value_dim, self.dropout, self.epsilon
@@ -206,7 +210,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         if not 0 <= index < self.num_blocks:
             raise ValueError(f"`index` must be from 0 to {self.num_blocks - 1}. Received: index={index}")
 
-    def get_block_weights(self, index):
+    def get_block_weights(self, index: int) -> dict[str, np.ndarray]:
         """The weights of a block: a dictionary of NumPy arrays by name, query, key and value apart."""
         self._check_index(index)
         weights = {name: np.array(variable[index]) for name, variable in self._stacked.items()}
@@ -216,7 +220,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
             weights |= {f"{name}_{kind}": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
         return weights
 
-    def set_block_weights(self, index, weights):
+    def set_block_weights(self, index: int, weights: Mapping[str, np.ndarray]) -> None:
         """Sets weights of a block: a dictionary as `get_block_weights` gives it, or some of its entries.
 
         Raises:
@@ -239,7 +243,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
             value[index] = held[name]
             variable.assign(value)
 
-    def as_layer(self, index):
+    def as_layer(self, index: int) -> SparseResidualBlock:
         """A `SparseResidualBlock` with copies of a block's weights."""
         self._check_index(index)
         options = {"dtype": self.dtype_policy}
@@ -265,7 +269,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
             norm.beta.assign(held[f"{name}_norm_beta"])
         return layer
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: TensorLike, training: bool | None = None) -> tf.Tensor:
         drops = training and self.seed_generator is not None
         seed = next_seed(self.seed_generator) if drops else None
         weights = self.stacked_weights()
@@ -284,12 +288,14 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         run = ResidualLoop(self.make_block, weights, self.period, self.recompute, seed)
         return run.differentiable(inputs) if training else run(inputs)
 
-    def runs_as_one_op(self, inputs):
+    def runs_as_one_op(self, inputs: TensorLike) -> bool:
         """Whether a training step is the GPU's op, and not a loop of TensorFlow's."""
         hidden = self._stacked["hidden_kernel"].shape[-1]
         return ops.runs_residual_stack(inputs, hidden, self.num_heads, self.key_dim, self.value_dim)
 
-    def parallel(self, streams, devices, positions, training=None):
+    def parallel(
+        self, streams: list[tf.Tensor], devices: list[str], positions: int, training: bool | None = None
+    ) -> list[tf.Tensor]:
         """The stack on several devices, each of which has some of the positions: see `stf.layers.parallel_blocks`.
 
         Args:
@@ -309,7 +315,7 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
         return run(streams, weights, training)
 
     @property
-    def period(self):
+    def period(self) -> int:
         """The fewest blocks after which the patterns begin again."""
         of_blocks = [self.pattern(index) for index in range(self.num_blocks)]
         for period in range(1, self.num_blocks):
@@ -317,20 +323,20 @@ class SparseResidualStack(SavedSeed, keras.layers.Layer):
                 return period
         return self.num_blocks
 
-    def hidden(self, inputs):
+    def hidden(self, inputs: TensorLike) -> Iterator[tf.Tensor]:
         """The residual stream outside training: the inputs, then the output of each block, one after another."""
         yield inputs
         for index in range(self.num_blocks):
             inputs = self.block(index)(inputs)
             yield inputs
 
-    def compute_output_shape(self, inputs_shape):
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
         return inputs_shape
 
-    def compute_output_spec(self, inputs, **kwargs):
+    def compute_output_spec(self, inputs: TensorLike, **kwargs: Any) -> keras.KerasTensor:
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         return super().get_config() | {
             "num_blocks": self.num_blocks,

@@ -1,9 +1,12 @@
 """Rotary position embedding."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from stf.layers.validation import above_zero
+from stf.typing import Shape, TensorLike
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -40,14 +43,14 @@ class RotaryEmbedding(keras.layers.Layer):
         ValueError: a base or scaling that is not above 0, or an odd depth.
     """
 
-    def __init__(self, base=10_000.0, scaling=1.0, **kwargs):
+    def __init__(self, base: float = 10_000.0, scaling: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.base = above_zero("base", base)
         self.scaling = above_zero("scaling", scaling)
         self.built = True
 
-    def call(self, inputs, positions=None):
+    def call(self, inputs: TensorLike, positions: TensorLike | None = None) -> tf.Tensor:
         depth = inputs.shape[-1]
         if depth % 2:
             raise ValueError(f"`inputs` must have an even depth. Received: inputs of shape {inputs.shape}")
@@ -62,8 +65,8 @@ class RotaryEmbedding(keras.layers.Layer):
         x, y = tf.split(tf.cast(inputs, exact), 2, axis=-1)
         return tf.cast(tf.concat([x * cos - y * sin, y * cos + x * sin], -1), inputs.dtype)
 
-    def compute_output_shape(self, inputs_shape):
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
         return inputs_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"base": self.base, "scaling": self.scaling}

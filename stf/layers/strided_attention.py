@@ -1,5 +1,7 @@
 """Strided attention."""
 
+from typing import Any, Literal
+
 import keras
 
 from stf.layers.attention import SparseAttention
@@ -43,12 +45,19 @@ class StridedAttention(SparseAttention):
     Call arguments, returns and errors: those of `SparseAttention`.
     """
 
-    def __init__(self, num_heads, key_dim, stride, mode="merged", **kwargs):
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        stride: int,
+        mode: Literal["merged", "local", "strided", "multihead"] = "merged",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_heads, key_dim, strided_pattern(stride, mode), **kwargs)
         self.stride = int(stride)
         self.mode = mode
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["pattern"]
         return {**config, "stride": self.stride, "mode": self.mode}

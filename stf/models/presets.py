@@ -6,6 +6,7 @@ P: the paper. F: the authors' follow-up code. D: derived from their numbers. C: 
 """
 
 import copy
+from typing import Any
 
 from stf.layers.validation import positive
 from stf.patterns import Causal, Fixed, Local, Strided
@@ -48,7 +49,7 @@ _AUDIO = {
     "recompute": True,  # P
 }
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": _CIFAR10,
     "cifar10-dense": _CIFAR10 | {"patterns": [Causal()]},  # P: Table 2
     "cifar10-fixed": _CIFAR10 | {"patterns": [Fixed(128, 32)]},  # P: Table 2; C: l and c as for text
@@ -141,14 +142,14 @@ PRESETS = {
 }
 
 
-def preset(name):
+def preset(name: str) -> dict[str, Any]:
     """The arguments of `SparseTransformer` under a name, as a fresh dictionary."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}. Received: preset={name!r}")
     return copy.deepcopy(PRESETS[name])
 
 
-def count_parameters(config, vocab_size=256):
+def count_parameters(config: dict[str, Any], vocab_size: int = 256) -> int:
     """How many parameters the model of a configuration has, without making it.
 
     Biases on query, key, value, output and both feed-forward layers, two normalisations a block and a last one, tables

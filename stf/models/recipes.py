@@ -7,6 +7,7 @@ nowhere, so Keras' own: Adam's epsilon, 1e-7.
 """
 
 import copy
+from typing import Any
 
 from stf.models.presets import PRESETS
 
@@ -50,7 +51,7 @@ _SMALL = {
     "epochs": 4,
 }
 
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "cifar10": _CIFAR10,
     "cifar10-dense": _CIFAR10,
     "cifar10-fixed": _CIFAR10,
@@ -78,7 +79,7 @@ RECIPES = {
 assert RECIPES.keys() == PRESETS.keys()
 
 
-def recipe(name):
+def recipe(name: str) -> dict[str, Any]:
     """How the model of a preset is trained, as a fresh dictionary.
 
     Returns:

@@ -4,9 +4,12 @@ import itertools
 import math
 import numbers
 import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from stf import patterns as stf_patterns
@@ -18,6 +21,8 @@ from stf.layers.validation import positive, positives, seed_or_none
 from stf.models.dispatch import without_waiting
 from stf.models.parallel import on_devices
 from stf.models.presets import preset
+from stf.patterns.pattern import Pattern
+from stf.typing import PathLike, Shape, TensorLike
 
 
 @keras.saving.register_keras_serializable(package="stf")
@@ -69,23 +74,23 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
 
     def __init__(
         self,
-        length,
-        position_shape,
-        patterns,
-        num_blocks,
-        num_heads,
-        model_dim,
-        key_dim=None,
-        value_dim=None,
-        ff_dim=None,
-        dropout=0.0,
-        recompute=False,
-        vocab_size=256,
-        init="released",
-        seed=None,
-        conditions=(),
-        **kwargs,
-    ):
+        length: int,
+        position_shape: Sequence[int],
+        patterns: Sequence[Pattern | dict[str, Any]],
+        num_blocks: int,
+        num_heads: int,
+        model_dim: int,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        ff_dim: int | None = None,
+        dropout: float = 0.0,
+        recompute: bool | Literal["attention"] = False,
+        vocab_size: int = 256,
+        init: Literal["released", "standard_deviation", "variance"] = "released",
+        seed: int | None = None,
+        conditions: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**{"autocast": False} | kwargs)  # of inputs: tokens are no numbers to cast
         length, num_blocks = positive("length", length), positive("num_blocks", num_blocks)
         num_heads, model_dim = positive("num_heads", num_heads), positive("model_dim", model_dim)
@@ -158,7 +163,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         self.build((None, length))
 
     @classmethod
-    def from_preset(cls, name, **overrides):
+    def from_preset(cls, name: PathLike, **overrides: Any) -> Self:
         """The model of a name in `stf.models.PRESETS`, new, or that of a file, with its weights.
 
         Args:
@@ -174,7 +179,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
             ValueError: there is no such preset; the file holds another model; overrides change a weight's shape.
         """
         if pathlib.Path(name).suffix != ".keras":
-            return cls(**(preset(name) | overrides))
+            return cls(**(preset(str(name)) | overrides))
         from stf.training import use_average
 
         saved = keras.saving.load_model(name)
@@ -191,11 +196,11 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         return model
 
     @property
-    def input_dtype(self):
+    def input_dtype(self) -> str:
         """Of tokens, for signatures that Keras makes."""
         return "int32"
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         """Makes all weights, for `[batch, position]` inputs."""
         hidden = (*input_shape, self.model_dim)
         self.embedding.build(input_shape)
@@ -203,7 +208,13 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
             layer.build(hidden)
         self.built = True
 
-    def compile(self, optimizer="rmsprop", *args, auto_scale_loss=True, **kwargs):
+    def compile(
+        self,
+        optimizer: str | dict[str, Any] | keras.optimizers.Optimizer = "rmsprop",
+        *args: Any,
+        auto_scale_loss: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Keras' `compile`; a mixed_float16 model's optimizer is put into a `stf.training.LossScale`."""
         optimizer = keras.optimizers.get(optimizer)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
@@ -215,41 +226,54 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """Keras' `fit`, which does not warn that it will not shuffle a data set: those of `stf.data` are shuffled."""
         if not hasattr(x, "__array__") and hasattr(x, "element_spec"):
             kwargs.setdefault("shuffle", False)
         return super().fit(x, *args, **kwargs)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """Keras' `make_train_function`; see `without_waiting`."""
         if self.train_function is None or force:
             super().make_train_function(force)
             self.train_function = without_waiting(self.train_function, self)
         return self.train_function
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         """Keras' `make_test_function`; see `without_waiting`."""
         if self.test_function is None or force:
             super().make_test_function(force)
             self.test_function = without_waiting(self.test_function, self)
         return self.test_function
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was called with."""
         return super().get_compile_config()
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+    def export(
+        self,
+        filepath: PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Keras' `export`, whose signature is int32 tokens `[batch, position]` unless given."""
         if input_signature is None:
             input_signature = [keras.InputSpec(shape=(None, None), dtype="int32")]
         return super().export(filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
 
-    def attention_weights(self, tokens, positions, blocks=None, conditions=None):
+    def attention_weights(
+        self,
+        tokens: TensorLike,
+        positions: Sequence[int],
+        blocks: Iterable[int] | None = None,
+        conditions: TensorLike | None = None,
+    ) -> list[list[list[tuple[np.ndarray, np.ndarray]]]]:
         """What chosen queries attend to, block by block; nothing of size n x n is made.
 
         The query at position t is the one that predicts token t, and key j stands for the tokens before the
@@ -277,7 +301,9 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
                 break
         return [found[index] for index in blocks]
 
-    def features(self, tokens, block=None, batch_size=16, verbose=0):
+    def features(
+        self, tokens: TensorLike, block: int | None = None, batch_size: int = 16, verbose: int = 0
+    ) -> npt.NDArray[np.float32]:
         """What a model knows of whole sequences: the mean over positions of a block's normalized output.
 
         For a linear classifier, a search for what is alike, a map of a data set. The middle of a generative model
@@ -321,13 +347,19 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
             bar.add(1)
         return np.concatenate(found)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: TensorLike | tuple[TensorLike, TensorLike], training: bool | None = None) -> tf.Tensor:
         """Logits; see the class."""
         inputs, conditions = self._checked_inputs(inputs)
         x = self.stack(self.embedding(inputs, conditions), training=training)
         return self.logits_of(x)
 
-    def parallel_call(self, inputs, devices, training, finish):
+    def parallel_call(
+        self,
+        inputs: TensorLike | tuple[TensorLike, TensorLike],
+        devices: list[str],
+        training: bool | None,
+        finish: Callable[[int, int, tf.Tensor], Any],
+    ) -> list[Any]:
         """The model on several devices, each with some of the positions: for `stf.distribution.SequenceParallel`.
 
         Args:
@@ -346,9 +378,10 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
                 "A model with a `call` of its own must have a `parallel_call` of its own where several devices share a "
                 f"sequence. Received: {own.__name__}"
             )
-        return on_devices(self, *self._checked_inputs(inputs), devices, training, finish)
+        tokens, conditions = self._checked_inputs(inputs)
+        return on_devices(self, tokens, conditions, devices, training, finish)
 
-    def logits_of(self, stream):
+    def logits_of(self, stream: tf.Tensor) -> tf.Tensor:
         """Logits of what the blocks give."""
         return self.logits(tf.cast(self.final_norm(stream), self.logits.compute_dtype))
 
@@ -376,26 +409,28 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
             )
         return tuple(inputs)
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(
+        self, inputs: TensorLike | tuple[TensorLike, TensorLike], training: bool | None = None
+    ) -> keras.KerasTensor:
         """Shape and dtype of the logits, for symbolic calls."""
         tokens, _ = self._tokens_and_conditions(inputs)
         return keras.KerasTensor((*tokens.shape, self.vocab_size), self.logits.compute_dtype)
 
     def generate(
         self,
-        batch_size=1,
-        temperature=1.0,
-        prefix=None,
-        length=None,
-        seed=None,
-        top_k=None,
-        verbose=1,
-        top_p=None,
-        stop=None,
-        callback=None,
-        cache_dtype=None,
-        conditions=None,
-    ):
+        batch_size: int = 1,
+        temperature: float = 1.0,
+        prefix: TensorLike | None = None,
+        length: int | None = None,
+        seed: int | None = None,
+        top_k: int | None = None,
+        verbose: int = 1,
+        top_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
+        callback: Callable[[np.ndarray], Any] | None = None,
+        cache_dtype: str | None = None,
+        conditions: TensorLike | None = None,
+    ) -> npt.NDArray[np.int32]:
         """Draws samples, or completes prefixes: the prefix in one pass, then one token after another, with caches.
 
         The loop over tokens is compiled, once for each batch size and length. See `stf.generation.Sampler` for drawing
@@ -436,7 +471,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
             conditions=conditions,
         )
 
-    def score(self, tokens, batch_size=16, verbose=0):
+    def score(self, tokens: TensorLike, batch_size: int = 16, verbose: int = 0) -> npt.NDArray[np.float32]:
         """The log-likelihood of each token given those before it, in nats.
 
         Args:
@@ -451,7 +486,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
 
         return score(self, tokens, batch_size, verbose)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return super().get_config() | {
             "length": self.length,
@@ -473,7 +508,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
         """The model of a configuration."""
         config = dict(config)
         if isinstance(config.get("dtype"), dict):

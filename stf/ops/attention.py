@@ -6,24 +6,26 @@ from stf.ops import library
 from stf.ops.arguments import check_lengths, check_scale, check_sink, check_tensors
 from stf.ops.documents import check_bounds
 from stf.ops.program import arguments_of, program_arguments
+from stf.patterns.pattern import Pattern
+from stf.typing import TensorLike
 
 DTYPES = (tf.float32, tf.bfloat16, tf.float16)
 
 
 def attention(
-    query,
-    key,
-    value,
-    pattern,
+    query: TensorLike,
+    key: TensorLike,
+    value: TensorLike,
+    pattern: Pattern,
     *,
-    lengths=None,
-    documents=None,
-    restart=False,
-    sink=None,
-    scale=None,
-    return_log_sum_exp=False,
-    name=None,
-):
+    lengths: TensorLike | None = None,
+    documents: TensorLike | None = None,
+    restart: bool = False,
+    sink: TensorLike | None = None,
+    scale: float | None = None,
+    return_log_sum_exp: bool = False,
+    name: str | None = None,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
     """Scaled dot-product attention over the pairs of `pattern` (Eqs. 2-4 of the paper).
 
     Time grows with the pattern's pairs and memory with the length: nothing of size n x n is made.

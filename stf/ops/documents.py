@@ -3,10 +3,16 @@
 import numpy as np
 import tensorflow as tf
 
+from stf.typing import TensorLike
+
 MOST_POSITIONS = 2**24  # that float32 tells apart
 
 
-def document_bounds(segment_ids=None, document_starts=None, positions=None):
+def document_bounds(
+    segment_ids: TensorLike | None = None,
+    document_starts: TensorLike | None = None,
+    positions: int | tf.Tensor | None = None,
+) -> tf.Tensor:
     """Where the documents of packed sequences begin and end, as `attention` takes them for many calls.
 
     One of the first two arguments says where the documents are.

@@ -15,7 +15,7 @@ class LibraryNotFoundError(ImportError):
     """The op library is not there, or was built without what is asked of it, such as for this TensorFlow."""
 
 
-def library_path():
+def library_path() -> pathlib.Path:
     """Where the part of the op library for this TensorFlow belongs, as a `pathlib.Path`."""
     return FOLDER / f"libstf_ops_{_minor_version().replace('.', '_')}.so"
 
@@ -100,7 +100,7 @@ def _minor_version():
     return ".".join(tf.__version__.split(".")[:2])
 
 
-def is_available():
+def is_available() -> bool:
     """Whether the op library loads here."""
     try:
         load()

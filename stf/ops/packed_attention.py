@@ -6,9 +6,13 @@ import tensorflow as tf
 
 from stf.ops import library
 from stf.ops.program import arguments_of, program_arguments
+from stf.patterns.pattern import Pattern
+from stf.typing import TensorLike
 
 
-def packed_attention(query_key_value, pattern, num_heads, key_depth):
+def packed_attention(
+    query_key_value: TensorLike, pattern: Pattern, num_heads: int, key_depth: int
+) -> tuple[tf.Tensor, tf.Tensor]:
     """`attention` of one tensor that holds query, key and value.
 
     The kernels read the tensor where it lies: it is not taken apart, and its gradient is not put together.
@@ -44,7 +48,15 @@ def packed_attention(query_key_value, pattern, num_heads, key_depth):
     return output, tf.stop_gradient(log_sum_exp)
 
 
-def packed_attention_gradient(query_key_value, pattern, num_heads, key_depth, output, log_sum_exp, output_grad):
+def packed_attention_gradient(
+    query_key_value: TensorLike,
+    pattern: Pattern,
+    num_heads: int,
+    key_depth: int,
+    output: tf.Tensor,
+    log_sum_exp: tf.Tensor,
+    output_grad: tf.Tensor,
+) -> tf.Tensor:
     """The gradient of `packed_attention`'s first argument, from what it gave and the gradient of its output.
 
     For whoever keeps output and log-sum-exp under a tape of their own: attention is not computed again.

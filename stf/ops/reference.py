@@ -5,24 +5,26 @@ import tensorflow as tf
 
 from stf.ops.arguments import check_lengths, check_scale, check_sink, check_tensors
 from stf.ops.documents import check_bounds, in_documents
+from stf.patterns.pattern import Pattern
+from stf.typing import TensorLike
 
 DTYPES = (tf.float64, tf.float32, tf.bfloat16, tf.float16)
 
 
 def reference_attention(
-    query,
-    key,
-    value,
-    pattern,
+    query: TensorLike,
+    key: TensorLike,
+    value: TensorLike,
+    pattern: Pattern,
     *,
-    lengths=None,
-    documents=None,
-    restart=False,
-    sink=None,
-    scale=None,
-    return_log_sum_exp=False,
-    name=None,
-):
+    lengths: TensorLike | None = None,
+    documents: TensorLike | None = None,
+    restart: bool = False,
+    sink: TensorLike | None = None,
+    scale: float | None = None,
+    return_log_sum_exp: bool = False,
+    name: str | None = None,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
     """What `stf.ops.attention` computes, from an n x n mask, in the inputs' own dtype.
 
     For tests, short sequences and second derivatives: memory grows as n squared. Arguments, results

@@ -9,6 +9,8 @@ import ctypes
 import functools
 import importlib.util
 import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import tensorflow as tf
 from tensorflow.python.eager import context as eager_context
@@ -17,13 +19,17 @@ from stf.ops import library
 from stf.ops.differentiation import differentiable_once
 from stf.ops.program import ProgramArguments
 from stf.patterns import Kind, Program, lower
+from stf.patterns.pattern import Pattern
+
+if TYPE_CHECKING:
+    from stf.layers.block import BlockWeights
 
 DTYPES = (tf.bfloat16, tf.float16)
 KEEP = {True: 0, "attention": 1, False: 2}  # by what is computed again: `stf_keep` of residual_stack.h
 MOST_WIDTH, MOST_DEPTH, VECTOR = 2048, 256, 8
 
 
-def runs_residual_stack(inputs, hidden, num_heads, key_depth, value_depth):
+def runs_residual_stack(inputs: tf.Tensor, hidden: int, num_heads: int, key_depth: int, value_depth: int) -> bool:
     """Whether `residual_stack` takes a stack of these sizes here: halves, a GPU, and widths that are multiples of 8.
 
     Args:
@@ -42,7 +48,7 @@ def runs_residual_stack(inputs, hidden, num_heads, key_depth, value_depth):
     )
 
 
-def runs_on_a_gpu():
+def runs_on_a_gpu() -> bool:
     """Whether what is called here runs on a GPU, and the library has kernels for it."""
     return bool(tf.config.list_logical_devices("GPU")) and not _placed_on_a_cpu() and library.has_cuda()
 
@@ -102,7 +108,17 @@ def op_weights(weights, dtype):
     return [tf.cast(x, dtype if x.shape.rank == 3 else tf.float32) for x in weights]
 
 
-def residual_stack(inputs, weights, seed, patterns, num_heads, key_depth, rate=0.0, epsilon=1e-6, recompute=False):
+def residual_stack(
+    inputs: tf.Tensor,
+    weights: "BlockWeights",
+    seed: tf.Tensor | None,
+    patterns: Sequence[Pattern],
+    num_heads: int,
+    key_depth: int,
+    rate: float = 0.0,
+    epsilon: float = 1e-6,
+    recompute: bool | Literal["attention"] = False,
+) -> tf.Tensor:
     """Residual blocks one after another (Child et al. 2019, Eqs. 11-14). Differentiable once, the same bits every run.
 
     Args:

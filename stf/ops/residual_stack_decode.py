@@ -1,17 +1,23 @@
 """One position through a stack of residual blocks as one op of the GPU, beside caches that it writes in place."""
 
 import itertools
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from stf.ops import library
 from stf.ops.residual_stack import runs_on_a_gpu
 
+if TYPE_CHECKING:
+    from stf.layers.block import BlockWeights
+
 DTYPES = (tf.float32, tf.bfloat16, tf.float16)
 MOST_DEPTH, MOST_PARTS, MOST_PROGRAMS, MOST_PATTERNS, VECTOR = 256, 48, 48, 16, 8  # decode.h says them too
 
 
-def runs_residual_stack_decode(dtype, cache_dtype, sizes, part_reads):
+def runs_residual_stack_decode(
+    dtype: tf.DType, cache_dtype: tf.DType, sizes: tuple[int, ...], part_reads: list[list[list[int]]]
+) -> bool:
     """Whether `residual_stack_decode` takes a stack of these sizes here: in a function for a GPU.
 
     That XLA compiles the function is the caller's to know.
@@ -36,7 +42,18 @@ def runs_residual_stack_decode(dtype, cache_dtype, sizes, part_reads):
     )
 
 
-def residual_stack_decode(inputs, weights, part_reads, reads, writes, keys, values, num_heads, key_depth, epsilon):
+def residual_stack_decode(
+    inputs: tf.Tensor,
+    weights: "BlockWeights",
+    part_reads: list[list[list[int]]],
+    reads: tf.Tensor,
+    writes: tf.Tensor,
+    keys: list[tf.Tensor],
+    values: list[tf.Tensor],
+    num_heads: int,
+    key_depth: int,
+    epsilon: float,
+) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
     """One position of every sequence through residual blocks (Child et al. 2019, Eqs. 11-14). Has no gradient.
 
     For functions that XLA compiles for a GPU, where it is one kernel and the caches are written where they are. A cache

@@ -1,6 +1,10 @@
 """Any block-sparse layout."""
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import numpy as np
+import numpy.typing as npt
 
 from stf.patterns.component import Component, Kind
 from stf.patterns.pattern import Pattern
@@ -29,7 +33,7 @@ class Blocks(Pattern):
             used with a length or a number of heads that it was not made for.
     """
 
-    def __init__(self, layout, block_size):
+    def __init__(self, layout: npt.ArrayLike, block_size: int) -> None:
         try:
             layout = np.array(layout)
         except ValueError as error:
@@ -47,7 +51,7 @@ class Blocks(Pattern):
         self._hash = None
 
     @classmethod
-    def from_rule(cls, rule, n, block_size):
+    def from_rule(cls, rule: Callable[[np.ndarray, np.ndarray], npt.ArrayLike], n: int, block_size: int) -> Self:
         """The layout for n positions that a rule says.
 
         Examples:
@@ -67,11 +71,11 @@ class Blocks(Pattern):
         return cls(np.broadcast_to(layout, shape), block_size)
 
     @property
-    def blocks(self):
+    def blocks(self) -> int:
         """Number of blocks that the layout divides a sequence into."""
         return self.layout.shape[-1]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments as plain data: `layout` in rows of "0" and "1"."""
 
         def rows(layout):
@@ -84,7 +88,7 @@ class Blocks(Pattern):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The pattern of a config, its `layout` in rows of "0" and "1", or as an array."""
         layout = config["layout"]
 

@@ -27,7 +27,7 @@ class Fixed(Pattern):
 
     _arguments = ("stride", "summary", "sub_block")
 
-    def __init__(self, stride, summary, sub_block=None):
+    def __init__(self, stride: int, summary: int, sub_block: int | None = None) -> None:
         self.stride, self.summary, self.sub_block = check_summary(stride, summary, sub_block)
 
     def _for_head(self, head):

@@ -27,7 +27,7 @@ class Local(Pattern):
 
     _arguments = ("window",)
 
-    def __init__(self, window):
+    def __init__(self, window: int) -> None:
         self.window = integer("window", window, 0)
 
     def _keys(self, i):

@@ -1,12 +1,16 @@
 """From patterns to what the kernels run: disjoint components, packed for the op."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.patterns.component import Component, Kind, covers
 from stf.patterns.validation import LARGEST, integer
+
+if TYPE_CHECKING:
+    from stf.patterns.pattern import Pattern
 
 
 class Program(NamedTuple):
@@ -43,7 +47,7 @@ def programs(pattern, num_heads):
     return of_heads[:period]
 
 
-def lower(pattern, num_heads, restart=False):
+def lower(pattern: "Pattern", num_heads: int, restart: bool = False) -> Program:
     """Packs a pattern for the op.
 
     Args:
@@ -195,7 +199,7 @@ def _nearest(blocks):
     return max(0, (int((row - column).min()) - 1) * blocks.a + 1)
 
 
-def components_mask(program, n, head=0):
+def components_mask(program: Program, n: int, head: int = 0) -> npt.NDArray[np.bool_]:
     """The keys of each packed component of a head, as the op is told them; for tests.
 
     Args:

@@ -25,7 +25,7 @@ class OwnBlock(Pattern):
 
     _arguments = ("stride",)
 
-    def __init__(self, stride):
+    def __init__(self, stride: int) -> None:
         self.stride = integer("stride", stride, 1)
 
     def _keys(self, i):

@@ -1,11 +1,13 @@
 """The base class of every pattern: what a query position may attend to, and what that costs."""
 
 import copy
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from stf.patterns import counting, lowering
-from stf.patterns.component import check_whole
+from stf.patterns.component import Component, check_whole
 from stf.patterns.validation import integer
 
 
@@ -36,11 +38,11 @@ class Pattern:
                [1, 1, 1]])
     """
 
-    def for_head(self, head):
+    def for_head(self, head: int) -> "Pattern":
         """The pattern of head `head` alone, the same for whatever head it is then asked about."""
         return self._for_head(integer("head", head, 0))
 
-    def keys(self, i, head=0):
+    def keys(self, i: int, head: int = 0) -> npt.NDArray[np.int64]:
         """The keys that query position `i` attends to, ascending.
 
         Args:
@@ -56,7 +58,7 @@ class Pattern:
             return leaves[0]._keys(i)
         return np.unique(np.concatenate([leaf._keys(i) for leaf in leaves]))
 
-    def mask(self, n, head=0):
+    def mask(self, n: int, head: int = 0) -> npt.NDArray[np.bool_]:
         """The whole set as a matrix: for pictures, tests and the dense reference.
 
         Args:
@@ -74,20 +76,22 @@ class Pattern:
             mask |= leaf._mask(i, j)
         return mask & (j <= i)
 
-    def counts(self, n, head=0):
+    def counts(self, n: int, head: int = 0) -> npt.NDArray[np.int64]:
         """The number of keys of each query, int64 `[n]`: `mask(n, head).sum(axis=1)` in O(n)."""
         n = integer("n", n, 0)
         self.check_positions(n)
         return counting.counts(self._whole_components(head), n)
 
-    def pairs(self, n, head=0):
+    def pairs(self, n: int, head: int = 0) -> int:
         """The exact number of (query, key) pairs of one head: `mask(n, head).sum()`.
 
         Takes O(n) memory, and O(n) time (O(n * blocks) where a block layout takes part).
         """
         return int(self.counts(n, head).sum())
 
-    def flops(self, n, key_dim, value_dim, num_heads=1, batch=1, backward=False):
+    def flops(
+        self, n: int, key_dim: int, value_dim: int, num_heads: int = 1, batch: int = 1, backward: bool = False
+    ) -> int:
         """Floating-point operations of attention, a multiply-add being two, softmax not counted.
 
         Forward, `2 (key_dim + value_dim)` a pair: the scores and the weighted sum of values.
@@ -110,13 +114,22 @@ class Pattern:
         a_pair = 2 * (key_dim + value_dim)
         if backward:
             a_pair += 2 * (3 * key_dim + 2 * value_dim)
-        seen = {}
+        seen: dict[Pattern, int] = {}
         for head in range(integer("num_heads", num_heads, 1)):
             of_head = self.for_head(head)
             seen[of_head] = seen.get(of_head, 0) + 1
         return batch * a_pair * sum(of_head.pairs(n) * heads for of_head, heads in seen.items())
 
-    def bytes(self, n, key_dim, value_dim, num_heads=1, batch=1, itemsize=4, backward=False):
+    def bytes(
+        self,
+        n: int,
+        key_dim: int,
+        value_dim: int,
+        num_heads: int = 1,
+        batch: int = 1,
+        itemsize: int = 4,
+        backward: bool = False,
+    ) -> int:
         """The least that attention must move to and from memory, in bytes.
 
         Forward reads query, key and value once and writes the output and the float32 log-sum-exp.
@@ -143,7 +156,7 @@ class Pattern:
             a_row += itemsize * (4 * key_dim + 4 * value_dim) + 4
         return rows * a_row
 
-    def components(self, head=0):
+    def components(self, head: int = 0) -> tuple[Component, ...]:
         """What the kernels run for one head: disjoint `Component`s whose union is the pattern."""
         return lowering.components(self._whole_components(head))
 
@@ -151,25 +164,25 @@ class Pattern:
         """The components of one head's leaves, which may overlap."""
         return [check_whole(leaf._component()) for leaf in self.for_head(head)._leaves()]
 
-    def check_positions(self, n):
+    def check_positions(self, n: int) -> None:
         """Raises ValueError where a block layout was made for another number of positions."""
         self._check_positions(integer("n", n, 0))
 
-    def check_heads(self, num_heads):
+    def check_heads(self, num_heads: int) -> None:
         """Raises ValueError where a block layout was made for another number of heads."""
         self._check_heads(integer("num_heads", num_heads, 1))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as plain data (int, str, list, dict, None), fit for JSON."""
         return {name: getattr(self, name) for name in self._arguments}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The pattern whose `get_config` gave `config`."""
         return cls(**config)
 
     # What a subclass defines. Its constructor's arguments, which are also attributes, by name:
-    _arguments = ()
+    _arguments: tuple[str, ...] = ()
 
     def _for_head(self, head):
         return self
@@ -199,7 +212,7 @@ class Pattern:
             f"`_mask`, to be counted or run by stf.ops.attention. Received: pattern={self!r}"
         )
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes a class that changes the set a leaf without a component, unless it says that too."""
         super().__init_subclass__(**kwargs)
 
@@ -221,7 +234,7 @@ class Pattern:
         """What identifies a pattern beside its class; hashable."""
         return tuple(vars(self).items())
 
-    def __or__(self, other):
+    def __or__(self, other: "Pattern") -> "Pattern":
         """The union of both."""
         from stf.patterns.union import Union
 
@@ -229,17 +242,17 @@ class Pattern:
             return NotImplemented
         return Union([self, other])
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         """Whether both are of one class with equal arguments."""
         if type(self) is not type(other):
             return NotImplemented
         return self._identity() == other._identity()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         """Equal for equal patterns."""
         return hash((type(self).__name__, self._identity()))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         """The expression that makes the pattern."""
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"

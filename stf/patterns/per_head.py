@@ -1,5 +1,8 @@
 """A pattern of its own for each head."""
 
+from collections.abc import Iterable
+from typing import Any, Self
+
 from stf.patterns.pattern import Pattern
 from stf.patterns.serialization import deserialize, serialize
 from stf.patterns.union import check_patterns
@@ -22,15 +25,15 @@ class PerHead(Pattern):
         ValueError: if `patterns` is empty or has something in it that is not a pattern.
     """
 
-    def __init__(self, patterns):
+    def __init__(self, patterns: Iterable[Pattern]) -> None:
         self.patterns = check_patterns("patterns", patterns)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments as plain data: `patterns` as `serialize` gives them."""
         return {"patterns": [serialize(pattern) for pattern in self.patterns]}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The pattern whose `get_config` gave `config`."""
         return cls([deserialize(pattern) for pattern in config["patterns"]])
 

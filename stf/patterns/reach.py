@@ -1,6 +1,7 @@
 """How many hops a stack of layers needs until every position is reached."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from stf.patterns.union import check_patterns
 from stf.patterns.validation import integer
 
 
-def hops(patterns, n, num_heads=1):
+def hops(patterns: Pattern | Iterable[Pattern], n: int, num_heads: int = 1) -> float:
     """The most hops from a position to one before it, through layers that use `patterns` in turn.
 
     Layer k attends by `patterns[k mod p]`; a hop goes down one layer, to a key of any head or, by
@@ -33,12 +34,12 @@ def hops(patterns, n, num_heads=1):
     Returns:
         int, or `math.inf` where some pair is never connected.
     """
-    patterns = check_patterns("patterns", [patterns] if isinstance(patterns, Pattern) else patterns)
+    turns = check_patterns("patterns", [patterns] if isinstance(patterns, Pattern) else patterns)
     n = integer("n", n, 0)
     heads = range(integer("num_heads", num_heads, 1))
     wanted = int(n * (n + 1) // 2)
     steps = []  # float32, so that the products below are fast; 1 where one hop leads
-    for pattern in patterns:
+    for pattern in turns:
         step = np.eye(n, dtype=bool)
         for of_head in dict.fromkeys(pattern.for_head(head) for head in heads):
             step |= of_head.mask(n)

@@ -1,13 +1,16 @@
 """Patterns as plain data and back, for the configs of layers and models."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from stf.patterns.pattern import Pattern
 
-_registered = {}  # classes of users' own, by name
+P = TypeVar("P", bound=Pattern)
+_registered: dict[str, type[Pattern]] = {}  # classes of users' own, by name
 
 
-def register(cls):
+def register(cls: type[P]) -> type[P]:
     """Decorator of a pattern's class of one's own: has `deserialize` make it of its name.
 
     So that models with the pattern load without being told of it. Keras' own ways do too: a class in
@@ -38,7 +41,7 @@ def register(cls):
     return cls
 
 
-def serialize(pattern):
+def serialize(pattern: Pattern) -> dict[str, Any]:
     """A pattern as plain data, `{"class_name": ..., "config": ...}`, for JSON and Keras configs.
 
     Examples:
@@ -57,7 +60,7 @@ def serialize(pattern):
     return {"class_name": name, "config": pattern.get_config()}
 
 
-def deserialize(config, custom_objects=None):
+def deserialize(config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Pattern:
     """The pattern that `serialize` made `config` from; further keys are ignored.
 
     Args:
@@ -86,7 +89,7 @@ def deserialize(config, custom_objects=None):
         raise ValueError(f"`config` does not fit {name} ({error}). Received: config={config!r}") from error
 
 
-def get(pattern):
+def get(pattern: Pattern | dict[str, Any]) -> Pattern:
     """`pattern` itself, or the pattern of a dict that `serialize` gave; for a layer's argument.
 
     Raises:

@@ -27,7 +27,7 @@ class Sink(Pattern):
 
     _arguments = ("size",)
 
-    def __init__(self, size):
+    def __init__(self, size: int) -> None:
         self.size = integer("size", size, 1)
 
     def _keys(self, i):

@@ -27,7 +27,7 @@ class Strided(Pattern):
 
     _arguments = ("stride",)
 
-    def __init__(self, stride):
+    def __init__(self, stride: int) -> None:
         self.stride = integer("stride", stride, 1)
 
     def _keys(self, i):

@@ -35,7 +35,7 @@ class Summary(Pattern):
 
     _arguments = ("stride", "summary", "sub_block")
 
-    def __init__(self, stride, summary, sub_block=None):
+    def __init__(self, stride: int, summary: int, sub_block: int | None = None) -> None:
         self.stride, self.summary, self.sub_block = check_summary(stride, summary, sub_block)
 
     def _for_head(self, head):
@@ -44,7 +44,7 @@ class Summary(Pattern):
         return self._with(sub_block=head % (self.stride // self.summary))
 
     @property
-    def columns(self):
+    def columns(self) -> tuple[int, int]:
         """(first, last + 1) of the columns within a block; of head 0 where heads differ."""
         end = self.stride - self.summary * (self.sub_block or 0)
         return end - self.summary, end

@@ -1,5 +1,8 @@
 """The union of patterns."""
 
+from collections.abc import Iterable
+from typing import Any, Self
+
 from stf.patterns.pattern import Pattern
 from stf.patterns.serialization import deserialize, serialize
 
@@ -21,15 +24,15 @@ class Union(Pattern):
         ValueError: if `parts` is empty or has something in it that is not a pattern.
     """
 
-    def __init__(self, parts):
+    def __init__(self, parts: Iterable[Pattern]) -> None:
         self.parts = _flat(check_patterns("parts", parts))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments as plain data: `parts` as `serialize` gives them."""
         return {"parts": [serialize(part) for part in self.parts]}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The pattern whose `get_config` gave `config`."""
         return cls([deserialize(part) for part in config["parts"]])
 
@@ -61,7 +64,7 @@ def _flat(parts):
     return tuple(dict.fromkeys(flat))
 
 
-def check_patterns(name, patterns):
+def check_patterns(name: str, patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
     """`patterns` as a tuple, or ValueError unless they are patterns, one at least."""
     if isinstance(patterns, Pattern) or not hasattr(patterns, "__iter__"):
         raise ValueError(f"`{name}` must be a list of patterns. Received: {name}={patterns!r}")

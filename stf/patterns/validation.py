@@ -1,6 +1,7 @@
 """Checks of the arguments of patterns; an error states the constraint and the value received."""
 
 import operator
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ import numpy as np
 LARGEST = 2**31 - 1
 
 
-def integer(name, value, least):
+def integer(name: str, value: Any, least: int) -> int:
     """`value` as an int, or ValueError unless it is an integer and `least <= value < 2**31`.
 
     Args:

@@ -25,7 +25,7 @@ class Window(Pattern):
 
     _arguments = ("size",)
 
-    def __init__(self, size):
+    def __init__(self, size: int) -> None:
         self.size = integer("size", size, 1)
 
     def _keys(self, i):

@@ -1,5 +1,8 @@
 """Loss scaling for float16 (Child et al. 2019, Section 5.6)."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -24,12 +27,12 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
 
     def __init__(
         self,
-        inner_optimizer,
-        initial_scale=2.0**16,
-        floor=2.0**10,
-        dynamic_growth_steps=2000,
-        **kwargs,
-    ):
+        inner_optimizer: keras.optimizers.Optimizer,
+        initial_scale: float = 2.0**16,
+        floor: float = 2.0**10,
+        dynamic_growth_steps: int = 2000,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             inner_optimizer, initial_scale=initial_scale, dynamic_growth_steps=dynamic_growth_steps, **kwargs
         )
@@ -37,11 +40,15 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
             raise ValueError(f"floor must be above 0 and at most initial_scale. Received: floor={floor!r}")
         self.floor = floor
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self, grads: Iterable[tf.Tensor | None], trainable_variables: Iterable[keras.Variable] | None = None
+    ) -> None:
         """Updates variables by gradients of the scaled loss, unless those are not finite."""
         self._apply(grads, trainable_variables, summed=False)
 
-    def apply_summed(self, grads, trainable_variables=None):
+    def apply_summed(
+        self, grads: Iterable[tf.Tensor | None], trainable_variables: Iterable[keras.Variable] | None = None
+    ) -> None:
         """Updates variables by gradients of the scaled loss that are the same on every replica; for an `AdamW`."""
         self._apply(grads, trainable_variables, summed=True)
 
@@ -70,7 +77,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
             ]
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return super().get_config() | {"floor": self.floor}
 

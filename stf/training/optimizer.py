@@ -1,5 +1,8 @@
 """Adam as the paper uses it."""
 
+from collections.abc import Iterable
+from typing import Any, Literal
+
 import keras
 import tensorflow as tf
 
@@ -34,17 +37,17 @@ class AdamW(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.001,
-        weight_decay=0.01,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-7,
-        global_clipnorm=1.0,
-        average=None,
-        accumulation_steps=1,
-        all_reduce_dtype=None,
-        name="adamw",
-    ):
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 0.001,
+        weight_decay: float | None = 0.01,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        global_clipnorm: float | None = 1.0,
+        average: float | None = None,
+        accumulation_steps: int = 1,
+        all_reduce_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        name: str = "adamw",
+    ) -> None:
         super().__init__(learning_rate, name=name)
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2), ("average", average)):
             if value is not None and not 0 <= value < 1:
@@ -71,7 +74,7 @@ class AdamW(keras.optimizers.Optimizer):
         self.accumulation_steps = accumulation_steps
         self.all_reduce_dtype = all_reduce_dtype
 
-    def build(self, variables):
+    def build(self, variables: Iterable[keras.Variable]) -> None:
         """Makes the slots of all variables, and the counters."""
         if self.built:
             return
@@ -93,21 +96,31 @@ class AdamW(keras.optimizers.Optimizer):
     def _scalar(self, name, dtype):
         return self.add_variable((), dtype=dtype, aggregation="only_first_replica", name=name)
 
-    def averages(self):
+    def averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
         """Pairs of (weight, variable of its moving average); none where there is no average, or no update yet."""
         if not self.built or self.average is None or not int(tf.convert_to_tensor(self._iterations.value)):
             return []
         return list(zip(self._trainable_variables, self._slots["average"], strict=True))
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self, grads: Iterable[tf.Tensor | None], trainable_variables: Iterable[keras.Variable] | None = None
+    ) -> None:
         """Updates variables by their gradients, which are summed over replicas first."""
         self.apply_scaled(grads, trainable_variables)
 
-    def apply_summed(self, grads, trainable_variables=None):
+    def apply_summed(
+        self, grads: Iterable[tf.Tensor | None], trainable_variables: Iterable[keras.Variable] | None = None
+    ) -> None:
         """Updates variables by gradients that are the same on every replica."""
         self.apply_scaled(grads, trainable_variables, summed=True)
 
-    def apply_scaled(self, grads, trainable_variables=None, scale=None, summed=False):
+    def apply_scaled(
+        self,
+        grads: Iterable[tf.Tensor | None],
+        trainable_variables: Iterable[keras.Variable] | None = None,
+        scale: tf.Tensor | None = None,
+        summed: bool = False,
+    ) -> tf.Tensor:
         """Updates variables by gradients that are `scale` times too large.
 
         Args:
@@ -130,27 +143,27 @@ class AdamW(keras.optimizers.Optimizer):
         pairs = [(index, grad) for index, grad in zip(indices, grads, strict=True) if grad is not None]
         if not pairs:
             raise ValueError("grads must hold a gradient. Received: none for any variable")
-        indices, grads = zip(*pairs, strict=True)
+        indices, grads = map(list, zip(*pairs, strict=True))
         # Dense, since rows of a slice may repeat; float32 (float64), whatever the loss was computed in.
-        grads = [
+        sums = [
             tf.cast(tf.convert_to_tensor(grad), self._trainable_variables[index].dtype)
             for index, grad in zip(indices, grads if summed else sum_over_replicas(grads), strict=True)
         ]
         inverse = None if scale is None else 1.0 / scale
-        norm = _norm(grads, inverse)
+        norm = _norm(sums, inverse)
         finite = tf.math.is_finite(norm)
         changes = self._counts(finite)
         if self.accumulation_steps == 1:
             taken = finite
         else:
-            taken, grads, norm, more = self._accumulate(indices, grads, inverse, finite, norm)
+            taken, sums, norm, more = self._accumulate(indices, sums, inverse, finite, norm)
             changes, inverse = changes + more, None
         changes.append((self.gradient_norm, tf.where(taken, norm, self.gradient_norm.value)))
         changes.append((self._iterations, self._iterations.value + tf.cast(taken, self._iterations.dtype)))
         factor = tf.constant(1.0) if self.global_clipnorm is None else tf.minimum(1.0, self.global_clipnorm / norm)
         factor = factor if inverse is None else factor * inverse
         weights = {index: variable.value for index, variable in enumerate(self._trainable_variables)}
-        for index, grad in zip(indices, grads, strict=True):
+        for index, grad in zip(indices, sums, strict=True):
             weights[index], slots = self._update(index, grad * tf.cast(factor, grad.dtype), taken)
             changes += [(self._trainable_variables[index], weights[index]), *slots]
         if self.average is not None:
@@ -215,16 +228,16 @@ class AdamW(keras.optimizers.Optimizer):
         rank = len(variable.shape) - getattr(variable, "stacked_axes", 0)
         return bool(self.weight_decay) and rank >= 2 and variable.name != "bias" and super()._use_weight_decay(variable)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         """At the end of `fit`: the weights become their moving average, where there is one."""
         for weight, average in self.averages():
             weight.assign(average)
 
-    def set_schedule(self, schedule):
+    def set_schedule(self, schedule: float | keras.optimizers.schedules.LearningRateSchedule) -> None:
         """Makes a schedule, or a number, the learning rate from here on, whatever it was before."""
         self._learning_rate = schedule
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         rate = super().get_config()["learning_rate"]
         names = "name weight_decay beta_1 beta_2 epsilon global_clipnorm average accumulation_steps all_reduce_dtype"
@@ -237,7 +250,14 @@ def _norm(grads, inverse=None):
     return norm if inverse is None else norm * inverse
 
 
-def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.999, average=None, **kwargs):
+def optimizer(
+    learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
+    weight_decay: float | None = 0.01,
+    global_clipnorm: float | None = 1.0,
+    beta_2: float = 0.999,
+    average: float | None = None,
+    **kwargs: Any,
+) -> AdamW:
     """Adam of the paper's recipe: decay 0.01, gradients clipped to a global norm of 1.
 
     Under mixed_float16 it belongs into a `LossScale`: `SparseTransformer.compile` puts it there, and Keras' own
@@ -257,13 +277,13 @@ def optimizer(learning_rate, weight_decay=0.01, global_clipnorm=1.0, beta_2=0.99
     return AdamW(learning_rate, weight_decay, beta_2=beta_2, global_clipnorm=global_clipnorm, average=average, **kwargs)
 
 
-def averages(optimizer):
+def averages(optimizer: keras.optimizers.Optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
     """Pairs of (weight, variable of its moving average) of an optimizer; none where it keeps none."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return inner.averages() if isinstance(inner, AdamW) else []
 
 
-def use_average(model):
+def use_average(model: keras.Model) -> None:
     """Makes the moving average of a model's weights its weights, where its optimizer keeps one.
 
     For models loaded from a checkpoint; one that is not compiled stays as it is. At the end of `fit` Keras does it.
@@ -272,7 +292,7 @@ def use_average(model):
         weight.assign(average)
 
 
-def steps_taken(optimizer):
+def steps_taken(optimizer: keras.optimizers.Optimizer) -> int:
     """Batches that an optimizer has seen: of an `AdamW` also skipped ones, and those of an unfinished accumulation."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     batches = getattr(inner, "batches", optimizer.iterations)
