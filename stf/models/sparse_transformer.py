@@ -1,8 +1,6 @@
 """The Sparse Transformer (Child et al. 2019, Section 5)."""
 
-import itertools
 import math
-import numbers
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
@@ -15,9 +13,9 @@ import tensorflow as tf
 from stf import patterns as stf_patterns
 from stf.distribution.sequence_parallel import SequenceParallelTrainer
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
-from stf.layers.attention import weights_of_queries
 from stf.layers.initialization import INITIALIZATIONS
 from stf.layers.validation import positive, positives, seed_or_none
+from stf.models import introspection
 from stf.models.dispatch import without_waiting
 from stf.models.parallel import on_devices
 from stf.models.presets import preset
@@ -289,17 +287,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
             For each block what `SparseAttention.attention_weights` gives: for each head, for each position,
             keys and weights.
         """
-        blocks = list(range(self.num_blocks)) if blocks is None else list(blocks)
-        found = {}
-        embedded = self.embedding(tf.convert_to_tensor(tokens), conditions)
-        for index, stream in enumerate(self.stack.hidden(embedded)):
-            if index in blocks:
-                block = self.stack.block(index)
-                query, key, _ = block.split(block.query_key_value(stream))
-                found[index] = weights_of_queries(query, key, self.stack.pattern(index), positions)
-            if len(found) == len(set(blocks)):
-                break
-        return [found[index] for index in blocks]
+        return introspection.attention_weights(self, tokens, positions, blocks, conditions)
 
     def features(
         self, tokens: TensorLike, block: int | None = None, batch_size: int = 16, verbose: int = 0
@@ -322,30 +310,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         Raises:
             ValueError: there is no such block; tokens are not integers `[sequence, position]`; a batch_size below 1.
         """
-        block = (self.num_blocks - 1) // 2 if block is None else block
-        if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 0 <= block < self.num_blocks:
-            raise ValueError(f"block must be an int from 0 to {self.num_blocks - 1}. Received: block={block!r}")
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(
-                f"tokens must be integers [sequence, position]. "
-                f"Received: tokens of shape {tokens.shape} and dtype {tokens.dtype}"
-            )
-
-        @tf.function(reduce_retracing=True)
-        def of_batch(tokens):
-            streams = self.stack.hidden(self.embedding(tokens))
-            x = tf.cast(next(itertools.islice(streams, block + 1, None)), tf.float32)
-            mean, variance = tf.nn.moments(x, axes=-1, keepdims=True)
-            return tf.reduce_mean((x - mean) * tf.math.rsqrt(variance + self.final_norm.epsilon), axis=1)
-
-        found = [np.zeros((0, self.model_dim), np.float32)]
-        batches = range(0, len(tokens), positive("batch_size", batch_size))
-        bar = keras.utils.Progbar(len(batches), verbose=int(bool(verbose)), unit_name="batch")
-        for begin in batches:
-            found.append(of_batch(tf.constant(tokens[begin : begin + batch_size], tf.int32)).numpy())
-            bar.add(1)
-        return np.concatenate(found)
+        return introspection.features(self, tokens, block, batch_size, verbose)
 
     def call(self, inputs: TensorLike | tuple[TensorLike, TensorLike], training: bool | None = None) -> tf.Tensor:
         """Logits; see the class."""
