@@ -93,22 +93,22 @@ def check_lengths(lengths, query):
 
 
 def check_sink(sink, query):
-    """The sink as a float32 tensor `[head]`; None stays."""
+    """The sink as a tensor of floats `[head]`; None stays."""
     if sink is None:
         return None
     sink = tf.convert_to_tensor(sink)
     if not sink.dtype.is_floating or not sink.shape.is_compatible_with([query.shape[2]]):
         raise ValueError(f"sink must be floats of shape [{query.shape[2]}], one a head. Received: sink={_words(sink)}")
-    return tf.cast(sink, tf.float32)
+    return sink
 
 
 def check_scale(scale, query):
-    """The scale as a finite float: `1 / sqrt(key_depth)` where it is None."""
+    """The scale as a finite float: `1 / sqrt(key_dim)` where it is None."""
     if scale is None:
         depth = query.shape[3]
         if depth is None:
             raise ValueError(
-                f"scale must be given where key_depth is not static. Received: scale=None, query={_words(query)}"
+                f"scale must be given where key_dim is not static. Received: scale=None, query={_words(query)}"
             )
         return 1.0 / math.sqrt(max(depth, 1))
     try:

@@ -39,11 +39,11 @@ def attention(
         TensorShape([1, 1024, 8, 64])
 
     Args:
-        query: `[batch, position, head, key_depth]`, float32, bfloat16 or float16.
-        key: `[batch, position, key_head, key_depth]`, same dtype. The number of key heads divides that of
+        query: `[batch, position, head, key_dim]`, float32, bfloat16 or float16.
+        key: `[batch, position, key_head, key_dim]`, same dtype. The number of key heads divides that of
             heads (grouped-query attention; one: multi-query): with `g` of them, head h reads key and value
             head `h // (heads / g)`, and no copies are made.
-        value: `[batch, position, key_head, value_depth]`, same dtype.
+        value: `[batch, position, key_head, value_dim]`, same dtype.
         pattern: a `stf.patterns.Pattern`.
         lengths: integers `[batch]`, positions in use of each sequence (the rest is padding on the
             right: it attends to nothing and is attended by nothing), or None for all. From 0 to
@@ -55,12 +55,12 @@ def attention(
             sequence's. Blocks and summaries begin anew with each document then.
         sink: `[head]`, a score in each softmax of a head that belongs to no key: it takes weight, and gives
             no value ("off by one" for 0). None: there is none.
-        scale: factor of the scores, a finite Python number; `1 / sqrt(key_depth)` unless given.
+        scale: factor of the scores, a finite Python number; `1 / sqrt(key_dim)` unless given.
         return_log_sum_exp: also return each query's log-sum-exp of its scores.
         name: of the operation.
 
     Returns:
-        The output `[batch, position, head, value_depth]` in the inputs' dtype; with
+        The output `[batch, position, head, value_dim]` in the inputs' dtype; with
         `return_log_sum_exp` also float32 `[batch, head, position]`.
 
     Raises:
@@ -80,7 +80,7 @@ def attention(
         value=value,
         lengths=[] if lengths is None else [lengths],
         documents=[] if documents is None else [documents],
-        sinks=[] if sink is None else [sink],
+        sinks=[] if sink is None else [tf.cast(sink, tf.float32)],
         scale=scale,
         constant_log_sum_exp=not return_log_sum_exp,
         name=name,

@@ -29,21 +29,21 @@ KEEP = {True: 0, "attention": 1, False: 2}  # by what is computed again: `stf_ke
 MOST_WIDTH, MOST_DEPTH, VECTOR = 2048, 256, 8
 
 
-def runs_residual_stack(inputs: tf.Tensor, hidden: int, num_heads: int, key_depth: int, value_depth: int) -> bool:
+def runs_residual_stack(inputs: tf.Tensor, ff_dim: int, num_heads: int, key_dim: int, value_dim: int) -> bool:
     """Whether `residual_stack` takes a stack of these sizes here: halves, a GPU, and widths that are multiples of 8.
 
     Args:
         inputs: `[batch, position, model_dim]`, the stream; a width of 2,048 at most.
-        hidden: units of the feed-forward layers.
-        num_heads, key_depth, value_depth: of the attention; depths of 256 at most.
+        ff_dim: width of the feed-forward layers.
+        num_heads, key_dim, value_dim: of the attention; depths of 256 at most.
     """
     width = inputs.shape[-1]
-    widths = (width, hidden, num_heads * value_depth, num_heads * (2 * key_depth + value_depth))
+    widths = (width, ff_dim, num_heads * value_dim, num_heads * (2 * key_dim + value_dim))
     return (
         inputs.dtype in DTYPES
         and all(size % VECTOR == 0 for size in widths)
         and width <= MOST_WIDTH
-        and max(key_depth, value_depth) <= MOST_DEPTH
+        and max(key_dim, value_dim) <= MOST_DEPTH
         and runs_on_a_gpu()
     )
 
@@ -65,14 +65,14 @@ class ResidualStack:
     """The op and its gradient op, for whoever keeps what they keep under a gradient of their own.
 
     Args:
-        seed, patterns, num_heads, key_depth, rate, epsilon, recompute: as `residual_stack` takes them.
+        seed, patterns, num_heads, key_dim, dropout, epsilon, recompute: as `residual_stack` takes them.
         part: length, first, run and step of a `stf.layers.dropout.Part`, where the inputs are a part of the positions.
 
     Raises:
         LibraryNotFoundError: the op library is missing, or was built without CUDA.
     """
 
-    def __init__(self, seed, patterns, num_heads, key_depth, rate, epsilon, recompute, part=()):
+    def __init__(self, seed, patterns, num_heads, key_dim, dropout, epsilon, recompute, part=()):
         if not library.has_cuda():
             raise library.LibraryNotFoundError("stf's op library was built without CUDA: residual_stack needs it.")
         _load_cublas()
@@ -83,11 +83,11 @@ class ResidualStack:
         self._attributes = {
             "keep": KEEP[recompute],
             "num_heads": num_heads,
-            "key_depth": key_depth,
+            "key_depth": key_dim,
             "epsilon": epsilon,
-            "drop_below": 0 if seed is None else min(round(rate * 2**32), 2**32 - 1),
-            "drop_scale": 1 / (1 - rate),
-            "scale": key_depth**-0.5,
+            "drop_below": 0 if seed is None else min(round(dropout * 2**32), 2**32 - 1),
+            "drop_scale": 1 / (1 - dropout),
+            "scale": key_dim**-0.5,
             "first_program": first_program,
             "part": list(part),
             **program.keywords(),
@@ -114,8 +114,8 @@ def residual_stack(
     seed: tf.Tensor | None,
     patterns: Sequence[Pattern],
     num_heads: int,
-    key_depth: int,
-    rate: float = 0.0,
+    key_dim: int,
+    dropout: float = 0.0,
     epsilon: float = 1e-6,
     recompute: bool | Literal["attention"] = False,
 ) -> tf.Tensor:
@@ -128,8 +128,8 @@ def residual_stack(
             `seed + [k, 2^30]` after feed-forward: see `stf.layers.dropout`.
         patterns: the patterns that the blocks take in turn.
         num_heads: heads of the attentions.
-        key_depth: depth of a head's query and key.
-        rate: of dropout.
+        key_dim: depth of a head's query and key.
+        dropout: its rate.
         epsilon: added to the variances of normalizations.
         recompute: what the gradient computes again: see `stf.layers.SparseResidualStack`.
 
@@ -140,7 +140,7 @@ def residual_stack(
         InvalidArgumentError: for shapes that do not fit; names the argument.
         LibraryNotFoundError: the op library is missing, or was built without CUDA.
     """
-    stack = ResidualStack(seed, patterns, num_heads, key_depth, rate, epsilon, recompute)
+    stack = ResidualStack(seed, patterns, num_heads, key_dim, dropout, epsilon, recompute)
     run = differentiable_once(
         lambda inputs, *weights: stack.forward(inputs, weights),
         lambda kept, upstream, _, *weights: stack.backward(kept, upstream, weights),

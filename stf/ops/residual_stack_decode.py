@@ -51,7 +51,7 @@ def residual_stack_decode(
     keys: list[tf.Tensor],
     values: list[tf.Tensor],
     num_heads: int,
-    key_depth: int,
+    key_dim: int,
     epsilon: float,
 ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
     """One position of every sequence through residual blocks (Child et al. 2019, Eqs. 11-14). Has no gradient.
@@ -67,10 +67,10 @@ def residual_stack_decode(
         reads: int32: for all parts, one behind another, the slots that the position attends to, its own among them;
             -1: none. Numbers must be below the part's slots: where they lie, nothing can check it.
         writes: int32 `[part]`, the slot that the position's key and value go to; -1: none.
-        keys: of each part `[layer * slot, batch, head of the program, key_depth]`, in the inputs' dtype or float32.
+        keys: of each part `[layer * slot, batch, head of the program, key_dim]`, in the inputs' dtype or float32.
         values: the same, with the depth of values.
         num_heads: heads of the attentions.
-        key_depth: depth of a head's query and key.
+        key_dim: depth of a head's query and key.
         epsilon: added to the variances of normalizations.
 
     Returns:
@@ -90,9 +90,9 @@ def residual_stack_decode(
         keys,
         values,
         num_heads=num_heads,
-        key_depth=key_depth,
+        key_depth=key_dim,
         epsilon=epsilon,
-        scale=key_depth**-0.5,
+        scale=key_dim**-0.5,
         first_program=first_program,
         first_part=first_part,
         part_reads=list(itertools.chain(*itertools.chain(*part_reads))),

@@ -158,7 +158,7 @@ def test_the_op_refuses_what_does_not_fit(changed, message):
             weights=stack.stacked_weights(),
             part_reads=[cache.part_reads],
             num_heads=4,
-            key_depth=16,
+            key_dim=16,
             epsilon=1e-5,
             **arguments,
         )[0]

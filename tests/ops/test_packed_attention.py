@@ -27,11 +27,11 @@ def gradients_apart(apart, pattern, upstream):
     return output, log_sum_exp, tf.concat([tf.reshape(x, [*x.shape[:2], -1]) for x in grads], -1)
 
 
-def gradients_packed(packed, pattern, upstream, key_depth=12):
+def gradients_packed(packed, pattern, upstream, key_dim=12):
     with tf.GradientTape() as tape:
         tape.watch(packed)
-        output, log_sum_exp = stf.ops.packed_attention(packed, pattern, HEADS, key_depth)
-    again = stf.ops.packed_attention_gradient(packed, pattern, HEADS, key_depth, output, log_sum_exp, upstream)
+        output, log_sum_exp = stf.ops.packed_attention(packed, pattern, HEADS, key_dim)
+    again = stf.ops.packed_attention_gradient(packed, pattern, HEADS, key_dim, output, log_sum_exp, upstream)
     return output, log_sum_exp, tape.gradient(output, packed, upstream), again
 
 
@@ -92,8 +92,8 @@ def test_second_derivatives_are_refused_and_the_log_sum_exp_has_none():
         outer.gradient(grad, packed)
 
 
-@pytest.mark.parametrize(("heads", "key_depth"), [(7, 12), (0, 12), (HEADS, 10_000), (HEADS, -1)])
-def test_widths_that_do_not_fit_are_refused(heads, key_depth):
+@pytest.mark.parametrize(("heads", "key_dim"), [(7, 12), (0, 12), (HEADS, 10_000), (HEADS, -1)])
+def test_widths_that_do_not_fit_are_refused(heads, key_dim):
     packed = packed_and_apart("float32")[0]
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="Received|key_depth|num_heads"):
-        stf.ops.packed_attention(packed, stf.patterns.Local(5), heads, key_depth)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="Received|key_dim|num_heads"):
+        stf.ops.packed_attention(packed, stf.patterns.Local(5), heads, key_dim)
