@@ -50,7 +50,7 @@ def main(_):
         return
 
     found = stf.evaluation.evaluate(model, stf.data.windows(test, length, options.batch_size, context=length // 2))
-    prefix = test.read(0, min(200, length // 2))[None]
+    prefix = max(test.pieces, key=len)[: min(200, length // 2)][None]
     drawn = model.generate(prefix=prefix, length=min(length, prefix.shape[1] + FLAGS.sample), seed=options.seed)
     sample = run_dir / "sample.txt"
     sample.write_bytes(drawn[0].astype("uint8").tobytes())

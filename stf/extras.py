@@ -22,5 +22,7 @@ def needed(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # it is there, and lacks something itself
+            raise
         extra = EXTRAS[name.partition(".")[0]]
         raise ImportError(f"{name} is needed here and not installed: pip install 'stf[{extra}]'") from error

@@ -140,17 +140,29 @@ class Recent(Union):
         super().__init__([Window(window), Strided(stride)])
         self.window, self.stride = window, stride
 
-    get_config = patterns.Pattern.get_config
-    from_config = classmethod(lambda cls, config: cls(**config))
-    __repr__ = patterns.Pattern.__repr__
+
+class Split(PerHead):
+    """A pattern for each head, with an argument of its own."""
+
+    _arguments = ("window",)
+
+    def __init__(self, window):
+        super().__init__([Window(window), Strided(window)])
+        self.window = window
 
 
 def test_patterns_of_ones_own_are_found_where_they_are_told_of():
-    for pattern in (Dilated(3), Recent(2, 5)):
+    assert (repr(Recent(2, 5)), repr(Split(3))) == ("Recent(window=2, stride=5)", "Split(window=3)")
+    for pattern in (Dilated(3), Recent(2, 5), Split(3)):
         name, config = type(pattern).__name__, patterns.serialize(pattern)
         with pytest.raises(ValueError, match=f"`stf.patterns.register`.* Received: class_name='{name}'"):
             patterns.deserialize(config)
         assert patterns.deserialize(config, {name: type(pattern)}) == pattern
+        for outer in (PerHead([Sink(1) | pattern, Sink(2)]), PerHead([Sink(1), PerHead([pattern])])):
+            config_of_outer = patterns.serialize(outer)
+            assert patterns.deserialize(config_of_outer, {name: type(pattern)}) == outer
+            with pytest.raises(ValueError, match=f"Received: class_name='{name}'"):
+                patterns.deserialize(config_of_outer)
         with keras.saving.custom_object_scope({name: type(pattern)}):
             assert patterns.get(config) == pattern
         keras.saving.register_keras_serializable("mine")(type(pattern))
@@ -158,6 +170,11 @@ def test_patterns_of_ones_own_are_found_where_they_are_told_of():
         del keras.saving.get_custom_objects()[f"mine>{name}"]
         with pytest.raises(ValueError, match="names no pattern"):
             patterns.deserialize(config)
+    keras.saving.register_keras_serializable("a", "Recent")(type("Layer", (keras.layers.Layer,), {}))
+    keras.saving.register_keras_serializable("b", "Recent")(Recent)
+    assert patterns.deserialize(patterns.serialize(Recent(2, 5))) == Recent(2, 5)
+    for package in "ab":
+        del keras.saving.get_custom_objects()[f"{package}>Recent"]
     try:
         assert patterns.register(Recent) is Recent
         assert patterns.deserialize(patterns.serialize(Recent(2, 5) | Sink(1))) == Recent(2, 5) | Sink(1)
@@ -189,3 +206,6 @@ def test_a_layout_by_a_rule():
         Blocks.from_rule(lambda row, column: row - column, 11, 4)
     with pytest.raises(ValueError, match="`n` must be an integer, 1 or more"):
         Blocks.from_rule(lambda row, column: row > column, 0, 4)
+    for n in (4, 11):
+        with pytest.raises(ValueError, match=rf"`rule` .* {-(-n // 4)} x {-(-n // 4)} blocks. .* shape \(2, 2\)"):
+            Blocks.from_rule(lambda row, column: np.ones((2, 2), bool), n, 4)

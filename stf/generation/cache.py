@@ -1,14 +1,16 @@
 """The keys and values that a pattern's later queries still read, as tensors that a loop in a graph carries."""
 
 import itertools
+import math
 
 import numpy as np
 import tensorflow as tf
 
 from stf.generation.slots import slots_of
-from stf.layers.validation import positive
+from stf.layers.validation import key_value_heads, positive
 from stf.patterns.lowering import programs
 from stf.patterns.pattern import Pattern
+from stf.typing import TensorLike
 
 
 class KeyValueCache:
@@ -42,20 +44,36 @@ class KeyValueCache:
         value_dim: depth of a head's value.
         layers: how many layers' caches lie side by side in the state; `layer` of the methods says which is meant, an
             int or a scalar tensor.
+        num_key_value_heads: heads of key and value, which divide `num_heads`, where heads share them; as many as heads
+            unless given. Each is kept once for each of the pattern's programs whose heads read it.
 
     Raises:
         ValueError: an argument that does not fit; names it.
     """
 
     def __init__(
-        self, pattern: Pattern, num_heads: int, length: int, key_dim: int, value_dim: int, layers: int = 1
+        self,
+        pattern: Pattern,
+        num_heads: int,
+        length: int,
+        key_dim: int,
+        value_dim: int,
+        layers: int = 1,
+        num_key_value_heads: int | None = None,
     ) -> None:
         self.num_heads = positive("num_heads", num_heads)
         self.length = positive("length", length)
         self.key_dim, self.value_dim = positive("key_dim", key_dim), positive("value_dim", value_dim)
         self.layers = positive("layers", layers)
+        self.num_key_value_heads = key_value_heads(num_key_value_heads, self.num_heads)
         self._programs = [
             [slots_of(part, of_head, self.length) for part in of_head] for of_head in programs(pattern, self.num_heads)
+        ]
+        shared, period = self.num_heads // self.num_key_value_heads, len(self._programs)
+        read = [[head // shared for head in range(program, self.num_heads, period)] for program in range(period)]
+        self._kept = [sorted(set(of_program)) for of_program in read]  # of each program: key heads, and of each of its
+        self._place = [  # heads, which of them it reads
+            [kept.index(head) for head in of_program] for of_program, kept in zip(read, self._kept, strict=True)
         ]
 
     @property
@@ -89,8 +107,8 @@ class KeyValueCache:
 
     def bytes(self, batch_size: int, dtype: str = "float32") -> int:
         """Bytes of a state."""
-        per_slot = (self.key_dim + self.value_dim) * tf.as_dtype(dtype).size
-        return self.layers * batch_size * sum(self.slots) * per_slot
+        shapes = self.shapes(batch_size)
+        return sum(map(math.prod, shapes)) * tf.as_dtype(dtype).size
 
     def zeros(self, batch_size: int, dtype: str = "float32") -> list[tf.Tensor]:
         """A state in which nothing was written: a list of tensors `[layers * slot, batch, head, depth]`."""
@@ -100,7 +118,7 @@ class KeyValueCache:
         """Shapes of a state's tensors."""
         shapes = []
         for program, parts in enumerate(self._programs):
-            heads = len(range(program, self.num_heads, len(self._programs)))
+            heads = len(self._kept[program])
             for part in parts:
                 shapes += [
                     (self.layers * part.slots, batch_size, heads, depth) for depth in (self.key_dim, self.value_dim)
@@ -119,8 +137,8 @@ class KeyValueCache:
 
         Args:
             state: of this cache.
-            key: `[batch, head, key_dim]`.
-            value: `[batch, head, value_dim]`.
+            key: `[batch, key_head, key_dim]`.
+            value: `[batch, key_head, value_dim]`.
             position: int or int32 scalar; the positions before it have been written.
             layer: see the class.
 
@@ -128,10 +146,10 @@ class KeyValueCache:
             The new state.
         """
         written = []
-        for heads, part, keys, values in self._parts(state):
+        for program, part, keys, values in self._parts(state):
             slot = layer * part.slots + part.slot(position)
             for tensor, new in ((keys, key), (values, value)):
-                new = tf.cast(new[:, heads], tensor.dtype)
+                new = tf.cast(_some(new, self._kept[program], 1), tensor.dtype)
                 if part.leaves_out:
                     new = tf.where(part.keeps(position), new, tf.gather(tensor, slot))
                 written.append(tf.tensor_scatter_nd_update(tensor, [[slot]], new[None]))
@@ -141,8 +159,9 @@ class KeyValueCache:
         """A state, of one layer, of the first `count` positions at once.
 
         Args:
-            key: `[batch, position, head, key_dim]`, of `count` positions or more: what is behind them is not looked at.
-            value: `[batch, position, head, value_dim]`, the same.
+            key: `[batch, position, key_head, key_dim]`, of `count` positions or more: what is behind them is not looked
+                at.
+            value: `[batch, position, key_head, value_dim]`, the same.
             count: int or int32 scalar.
 
         Returns:
@@ -150,11 +169,11 @@ class KeyValueCache:
         """
         state = []
         for program, parts in enumerate(self._programs):
-            heads = slice(program, None, len(self._programs))
+            kept = [_some(tensor, self._kept[program], 2) for tensor in (key, value)]
             for part in parts:
                 positions = tf.clip_by_value(part.filled(count), 0, tf.shape(key)[1] - 1)
-                for tensor in (key, value):
-                    state.append(tf.transpose(tf.gather(tensor[:, :, heads], positions, axis=1), [1, 0, 2, 3]))
+                for tensor in kept:
+                    state.append(tf.transpose(tf.gather(tensor, positions, axis=1), [1, 0, 2, 3]))
         return state
 
     def attend(
@@ -164,6 +183,7 @@ class KeyValueCache:
         position: int | tf.Tensor,
         scale: float | None = None,
         layer: int | tf.Tensor = 0,
+        sink: TensorLike | None = None,
     ) -> tf.Tensor:
         """Attention of the query at `position`, whose own key and value have been written.
 
@@ -175,6 +195,7 @@ class KeyValueCache:
             position: int or int32 scalar.
             scale: factor of the scores, `1 / sqrt(key_dim)` unless given.
             layer: see the class.
+            sink: `[head]`, as `stf.ops.attention` takes it, or None.
 
         Returns:
             `[batch, head, value_dim]`, in the query's dtype; 0 where the query attends to nothing.
@@ -183,25 +204,35 @@ class KeyValueCache:
         scaled = tf.cast(query, exact) * tf.cast(self.key_dim**-0.5 if scale is None else scale, exact)
         outputs = []
         for program in range(len(self._programs)):
-            scores, values = [], []
-            for heads, part, key, value in self._parts(state, program):
-                keys = tf.cast(part.read(key, position, layer), exact)
+            heads, scores, values = slice(program, None, len(self._programs)), [], []
+            for _, part, key, value in self._parts(state, program):
+                keys, read = (
+                    _some(tf.cast(part.read(tensor, position, layer), exact), self._place[program], 2)
+                    for tensor in (key, value)
+                )
                 seen = part.seen(position)[:, None, None]
                 score = tf.reduce_sum(scaled[:, heads] * keys, -1)  # [slot, batch, head]
                 scores.append(tf.where(seen, score, tf.constant(-np.inf, exact)))
-                values.append(tf.cast(part.read(value, position, layer), exact))
-            outputs.append(_weighted(scores, values))
+                values.append(read)
+            outputs.append(_weighted(scores, values, None if sink is None else tf.cast(sink, exact)[heads]))
         return tf.cast(_interleaved(outputs, self.num_heads), query.dtype)
 
     def _parts(self, state, program=None):
-        """Each component's heads, slots, keys and values; of one program or of all."""
+        """Each component's program, slots, keys and values; of one program or of all."""
         tensors = iter(state)
         for number, parts in enumerate(self._programs):
-            heads = slice(number, None, len(self._programs))
             for part in parts:
                 key, value = next(tensors), next(tensors)
                 if program in (None, number):
-                    yield heads, part, key, value
+                    yield number, part, key, value
+
+
+def _some(tensor, heads, axis):
+    """Some heads of a tensor: a slice where they are evenly apart, as all are whose keys no others share."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if step > 0 and heads == list(range(heads[0], heads[-1] + 1, step)):
+        return tensor[(slice(None),) * axis + (slice(heads[0], heads[-1] + 1, step),)]
+    return tf.gather(tensor, heads, axis=axis)
 
 
 def _reads(part):
@@ -209,11 +240,12 @@ def _reads(part):
     return part.held(0).shape[0]
 
 
-def _weighted(scores, values):
-    """The softmax of all parts' scores, applied to their values: `[batch, head, value_dim]`."""
+def _weighted(scores, values, sink):
+    """The softmax of all parts' scores and of the sink `[head]`, applied to values: `[batch, head, value_dim]`."""
     largest = tf.reduce_max(tf.stack([tf.reduce_max(score, 0) for score in scores]), 0)
+    largest = largest if sink is None else tf.maximum(largest, sink)
     largest = tf.where(tf.math.is_finite(largest), largest, 0.0)
-    total, output = 0.0, 0.0
+    total, output = 0.0 if sink is None else tf.exp(sink - largest), 0.0
     for score, value in zip(scores, values, strict=True):
         weight = tf.exp(score - largest)
         total += tf.reduce_sum(weight, 0)

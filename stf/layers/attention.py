@@ -13,7 +13,8 @@ from stf.layers.initialization import seeded
 from stf.layers.masks import Masks, read_masks
 from stf.layers.rotary import RotaryEmbedding
 from stf.layers.shapes import batch_and_positions
-from stf.layers.validation import positive, positives, seed_or_none
+from stf.layers.validation import above_zero, key_value_heads, positive, positives, seed_or_none
+from stf.ops.arguments import check_lengths
 from stf.ops.reference import allowed_pairs, reference_weights, weighted_values
 from stf.patterns.pattern import Pattern
 from stf.typing import Constraint, Initializer, Regularizer, Shape, TensorLike
@@ -58,8 +59,8 @@ class SparseAttention(keras.layers.Layer):
         attention_sink: whether each head learns a logit that takes part in its softmax without a value,
             so that a query may attend to little (weight `attention_sink` `[head]`, 0 at first).
         rotary: whether queries and keys are turned by their positions: see `RotaryEmbedding`.
-        rotary_base: of its angles.
-        rotary_scaling: what it divides positions by.
+        rotary_base: of the angles, where it is rotary.
+        rotary_scaling: what positions are divided by, where it is rotary.
         restart: whether, with documents, the pattern's positions and the rotary ones are counted from
             each document's first on, not from the sequence's.
 
@@ -76,8 +77,8 @@ class SparseAttention(keras.layers.Layer):
         training: not used.
         use_causal_mask: True, as every pattern is causal.
         value_mask, key_mask: bool `[batch, position]`: positions that nothing attends to, which must be
-            padding on the left, on the right or on both sides. Queries behind the last key in use
-            must be left out too.
+            padding on the left, on the right or on both sides (of each document). Queries behind the
+            last key in use must be left out too, by `query_mask`.
         attention_mask: bool `[batch, position, position]` or `[position, position]`, by query and key, as
             `keras.layers.MultiHeadAttention` takes it: what it leaves out up to the query must be other
             documents' keys. A causal mask says nothing more than a pattern.
@@ -138,17 +139,12 @@ class SparseAttention(keras.layers.Layer):
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self.seed = seed_or_none(seed)
-        self.num_key_value_heads = self.num_heads
-        if num_key_value_heads is not None:
-            self.num_key_value_heads = positive("num_key_value_heads", num_key_value_heads)
-        if self.num_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` must divide num_heads={self.num_heads}. "
-                f"Received: num_key_value_heads={num_key_value_heads}"
-            )
+        self.num_key_value_heads = key_value_heads(num_key_value_heads, self.num_heads)
         self.attention_sink = bool(attention_sink)
         self.rotary = bool(rotary)
-        self.rotary_embedding = RotaryEmbedding(rotary_base, rotary_scaling, dtype=self.dtype_policy)
+        self.rotary_base = above_zero("rotary_base", rotary_base)
+        self.rotary_scaling = above_zero("rotary_scaling", rotary_scaling)
+        self.rotary_embedding = RotaryEmbedding(self.rotary_base, self.rotary_scaling, dtype=self.dtype_policy)
         if self.rotary and self.key_dim % 2:
             raise ValueError(f"`key_dim` must be even where rotary=True. Received: key_dim={key_dim}")
         self.restart = bool(restart)
@@ -220,8 +216,8 @@ class SparseAttention(keras.layers.Layer):
         query_mask = query_mask if query_mask is not None else mask
         if lengths is not None:
             query_mask = value_mask = key_mask = None
-        if value is None or query_mask is value_mask:  # one mask, of queries and keys
-            query_mask, value_mask = None, query_mask if value_mask is None else value_mask
+        if value is None and value_mask is None:  # one mask, of queries and keys
+            value_mask = query_mask
         batch, positions = batch_and_positions(query)
         masks = read_masks(
             batch,
@@ -301,6 +297,7 @@ class SparseAttention(keras.layers.Layer):
 
     def _dense_attention(self, query, key, value, masks):
         query, key = self.with_positions(query, key, masks.documents)
+        masks = masks._replace(lengths=check_lengths(masks.lengths, query))
         allowed = allowed_pairs(self.pattern, query.shape[1], self.num_heads, **self._arguments(masks))
         if masks.answered is not None:
             allowed = allowed & masks.answered[:, None, :, None]
@@ -380,8 +377,8 @@ class SparseAttention(keras.layers.Layer):
             num_key_value_heads=self.num_key_value_heads,
             attention_sink=self.attention_sink,
             rotary=self.rotary,
-            rotary_base=self.rotary_embedding.base,
-            rotary_scaling=self.rotary_embedding.scaling,
+            rotary_base=self.rotary_base,
+            rotary_scaling=self.rotary_scaling,
             restart=self.restart,
         )
         return config

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from stf.ops.documents import document_bounds
@@ -51,14 +52,23 @@ def read_masks(
         segment_ids, document_starts: see `stf.ops.document_bounds`.
 
     Raises:
+        ValueError: shapes that do not fit; names the mask.
         InvalidArgumentError: when it runs, for masks that cannot be expressed; names the mask. Under XLA see
             `Masks.nan_where_refused`.
     """
-    key_masks = [tf.cast(mask, tf.bool) for mask in key_masks if mask is not None]
-    used, refused, lengths, bounds = None, [], None, None
+    wanted = [size if isinstance(size, int) else None for size in (batch, positions)]
+    _check_shape("segment_ids", segment_ids, wanted)
+    _check_shape("document_starts", document_starts, [wanted[0], None])
+    _check_shape("query_mask", query_mask, wanted)
+    for mask in key_masks:
+        _check_shape("value_mask and key_mask", mask, wanted)
+    key_masks = [mask for mask in key_masks if mask is not None]
+    one_mask = any(mask is query_mask for mask in key_masks)  # of queries and keys
+    lengths, bounds, refused = None, None, []
     if segment_ids is not None or document_starts is not None:
         bounds = document_bounds(segment_ids, document_starts, positions)
     if attention_mask is not None:
+        _check_broadcast("attention_mask", attention_mask, [wanted[0], wanted[1], wanted[1]])
         bounds, wrong = _of_attention_mask(attention_mask, batch, positions, bounds)
         refused.append(
             _refuse(
@@ -70,27 +80,56 @@ def read_masks(
             )
         )
     if key_masks:
-        used = tf.reduce_all(tf.stack(key_masks), 0) if len(key_masks) > 1 else key_masks[0]
-        wrong = _has_holes(used, bounds)
+        used = tf.reduce_all(tf.stack([tf.cast(mask, tf.bool) for mask in key_masks]), 0)
+        runs = _runs(used, bounds)
         refused.append(
-            _refuse(wrong, "A mask's padding must be on the left and on the right alone. Received: mask=", used)
+            _refuse(
+                tf.reduce_any(used & (runs > 1), axis=1),
+                "A mask's padding must be on the left and on the right alone. Received: mask=",
+                used,
+            )
         )
-        lengths = _behind_last(used)
-        bounds = _cut(bounds, used)
-    if query_mask is not None:
-        query_mask = tf.cast(query_mask, tf.bool)
-        if used is not None:
-            behind = tf.range(tf.shape(used)[1]) >= lengths[:, None]
+        if not one_mask or len(key_masks) > 1:
+            asked = tf.ones_like(used) if query_mask is None else tf.cast(query_mask, tf.bool)
             refused.append(
                 _refuse(
-                    tf.reduce_any(query_mask & behind, axis=1),
-                    "`query_mask` must leave out what is behind the last key of `value_mask` and `key_mask`. "
-                    "Received: query_mask=",
-                    query_mask,
+                    tf.reduce_any(asked & ~used & (runs > 0), axis=1),
+                    "`query_mask` must leave out what is behind the last key of `value_mask` and `key_mask` (in each "
+                    "document). Received: query_mask=",
+                    asked,
                 )
             )
+        lengths = _behind_last(used)
+        bounds = _cut(bounds, used)
+    # Queries that no key's mask has are of no document: they need no second look.
+    answered = None if query_mask is None or one_mask else tf.cast(query_mask, tf.bool)
     refused = tf.reduce_any(tf.stack(refused), 0) if refused else None
-    return Masks(lengths, bounds, query_mask, refused)
+    return Masks(lengths, bounds, answered, refused)
+
+
+def _check_shape(name, mask, wanted):
+    """Refuses a mask whose static shape is another than `wanted`."""
+    if mask is not None and not _shape(mask).is_compatible_with(wanted):
+        raise ValueError(f"`{name}` must have shape {tf.TensorShape(wanted)}. Received: shape {_shape(mask)}")
+
+
+def _check_broadcast(name, mask, wanted):
+    """Refuses a mask that does not broadcast to `wanted`."""
+    shape = _shape(mask)
+    sizes = [] if shape.rank is None else [1] * (3 - shape.rank) + shape.as_list()
+    if (
+        len(sizes) > 3
+        or shape.rank in (0, 1)
+        or any(size not in (None, 1) and most not in (None, size) for size, most in zip(sizes, wanted, strict=False))
+    ):
+        raise ValueError(
+            f"`{name}` must be [position, position] or [batch, position, position], here {tf.TensorShape(wanted)}. "
+            f"Received: {name} of shape {shape}"
+        )
+
+
+def _shape(mask):
+    return tf.TensorShape(mask.shape if hasattr(mask, "shape") else np.shape(mask))
 
 
 def _refuse(wrong, words, mask):
@@ -118,34 +157,28 @@ def _of_some(bounds):
     return bounds[:, :, 0] <= tf.range(tf.shape(bounds)[1])
 
 
-def _has_holes(used, bounds):
-    """Whether positions in use of one document have others between them, bool `[batch]`."""
+def _runs(used, bounds):
+    """How many runs of positions in use have begun in each position's document up to it, floats `[batch, position]`."""
     place = tf.range(tf.shape(used)[1])
     first = tf.zeros_like(place)[None] if bounds is None else bounds[:, :, 0]
     first = tf.broadcast_to(first, tf.shape(used))
     earlier = tf.concat([tf.zeros_like(used[:, :1]), used[:, :-1]], axis=1)
     begins = used & (~earlier | tf.equal(place, first))
-    count = tf.cumsum(tf.cast(begins, tf.float32), axis=1)  # exact, and computed by GPUs: see `stf.ops.documents`
+    count = tf.cumsum(tf.cast(begins, tf.float64), axis=1)  # floats, as in `stf.ops.documents`
     before = tf.concat([tf.zeros_like(count[:, :1]), count], axis=1)
-    parts = count - tf.gather(before, first, axis=1, batch_dims=1)  # of the document, up to each position
-    return tf.reduce_any(used & (parts > 1), axis=1)
+    return count - tf.gather(before, first, axis=1, batch_dims=1)
 
 
 def _of_attention_mask(mask, batch, positions, bounds):
     """The documents of a mask by query and key, within those of `bounds`, and of which sequences it has no such."""
     mask = tf.cast(mask, tf.bool)
     mask = mask[None] if mask.shape.rank == 2 else mask
-    if mask.shape.rank != 3:
-        raise ValueError(
-            "`attention_mask` must be [position, position] or [batch, position, position]. "
-            f"Received: attention_mask of shape {mask.shape}"
-        )
     place = tf.range(positions)
     mask = tf.broadcast_to(mask, tf.stack([tf.shape(mask)[0], positions, positions]))
     mask = mask & (place <= place[:, None])  # every pattern is causal
     if bounds is not None:
         mask = mask & ((place >= bounds[:, :, :1]) & (place[:, None] < bounds[:, None, :, 1]))
-    some = tf.linalg.diag_part(tf.cast(mask, tf.int8)) > 0
+    some = tf.linalg.diag_part(mask)
     first = tf.argmax(tf.cast(mask, tf.float32), axis=2, output_type=tf.int32)
     bounds = document_bounds(segment_ids=tf.where(some, first, -1))
     found = (place >= bounds[:, :, :1]) & (place <= place[:, None])

@@ -32,7 +32,8 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
 
     Args:
         attention: a layer from `[batch, position, model_dim]` to the same. It must be the same function
-            each time it is called: no dropout of its own.
+            each time it is called: no dropout of its own. What the block is called with beside its
+            inputs it is called with too, by name: `lengths`, `mask`, `segment_ids`, `document_starts`.
         ff_dim: number of hidden units of the feed-forward layer; `4 model_dim` unless given.
         dropout: rate of both dropouts, from 0 to less than 1.
         recompute: whether to compute the block again in the backward pass.
@@ -46,7 +47,7 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
     Call arguments:
         inputs: H, `[batch, position, model_dim]`.
         lengths: integers `[batch]`, given to the attention, or None.
-        mask: Keras' mask, given to the attention unless lengths are, or None.
+        mask: Keras' mask, given to the attention unless lengths are, or None; `inputs_mask` is the same.
         training: whether to drop.
         segment_ids, document_starts: of packed documents, given to the attention, or None.
 
@@ -130,7 +131,9 @@ class SparseResidualBlock(SavedSeed, keras.layers.Layer):
         training: bool | None = None,
         segment_ids: TensorLike | None = None,
         document_starts: TensorLike | None = None,
+        inputs_mask: TensorLike | None = None,
     ) -> tf.Tensor:
+        mask = inputs_mask if mask is None else mask  # by which of the names Keras gives it
         options = {"lengths": lengths, "segment_ids": segment_ids, "document_starts": document_starts}
         options |= {"mask": mask if lengths is None else None}
         options = {name: option for name, option in options.items() if option is not None}

@@ -33,28 +33,40 @@ class RotaryEmbedding(keras.layers.Layer):
             interpolation").
 
     Call arguments:
-        inputs: `[batch, position, head, depth]`, or without heads, the depth even.
-        positions: numbers `[position]` or `[batch, position]`; 0, 1, ... unless given.
+        inputs: floats `[batch, position, head, depth]`, or without heads, the depth even.
+        positions: numbers `[position]` or `[batch, position]`, as they are whatever the layer computes in;
+            0, 1, ... unless given.
 
     Returns:
-        The same shape and dtype.
+        The same shape, in the dtype that the layer computes in.
 
     Raises:
-        ValueError: a base or scaling that is not above 0, or an odd depth.
+        ValueError: a base or scaling that is not above 0; inputs that are no floats, or of an odd depth; positions of
+            another number.
     """
 
     def __init__(self, base: float = 10_000.0, scaling: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"autocast": False} | kwargs)  # positions are no numbers to round
         self.supports_masking = True
         self.base = above_zero("base", base)
         self.scaling = above_zero("scaling", scaling)
         self.built = True
 
     def call(self, inputs: TensorLike, positions: TensorLike | None = None) -> tf.Tensor:
+        inputs = tf.convert_to_tensor(inputs)
         depth = inputs.shape[-1]
-        if depth % 2:
-            raise ValueError(f"`inputs` must have an even depth. Received: inputs of shape {inputs.shape}")
+        if not inputs.dtype.is_floating or inputs.shape.rank not in (3, 4) or depth % 2:
+            raise ValueError(
+                "`inputs` must be floats [batch, position, head, depth] of an even depth. "
+                f"Received: inputs of dtype {inputs.dtype.name}, shape {inputs.shape}"
+            )
+        inputs = tf.cast(inputs, self.compute_dtype)
         positions = tf.range(tf.shape(inputs, tf.int64)[1]) if positions is None else tf.convert_to_tensor(positions)
+        if positions.shape.rank not in (1, 2) or not positions.shape[-1:].is_compatible_with(inputs.shape[1:2]):
+            raise ValueError(
+                f"`positions` must be [position] or [batch, position] with {inputs.shape[1]} positions. "
+                f"Received: positions of shape {positions.shape}"
+            )
         steps = tf.range(depth // 2, dtype=tf.float64) * (-2.0 / depth)
         frequencies = tf.pow(tf.constant(self.base, tf.float64), steps) / self.scaling
         angles = tf.cast(positions, tf.float64)[..., None] * frequencies  # [(batch,) position, depth / 2]

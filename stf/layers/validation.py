@@ -11,6 +11,16 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def key_value_heads(number: Any, num_heads: int) -> int:
+    """The number of heads of key and value, `num_heads` where it is None, where it divides `num_heads`."""
+    found = num_heads if number is None else positive("num_key_value_heads", number)
+    if num_heads % found:
+        raise ValueError(
+            f"`num_key_value_heads` must divide num_heads={num_heads}. Received: num_key_value_heads={number}"
+        )
+    return found
+
+
 def positives(name: str, values: Any) -> tuple[int, ...]:
     """`values` as a tuple of ints, where they are one or more of 1 or more."""
     try:

@@ -30,7 +30,7 @@ def attention(
 
     Time grows with the pattern's pairs and memory with the length: nothing of size n x n is made.
     Softmax and sums are in float32 whatever the inputs. A query that attends to nothing gets
-    output 0 and log-sum-exp -infinity. Differentiable once, in both outputs, with the same bits
+    output 0 and log-sum-exp -infinity (with a sink, the sink). Differentiable once, in both outputs, with the same bits
     every run.
 
     Examples:

@@ -3,9 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
+from stf.patterns.validation import integer
 from stf.typing import TensorLike
-
-MOST_POSITIONS = 2**24  # that float32 tells apart
 
 
 def document_bounds(
@@ -28,21 +27,24 @@ def document_bounds(
         document_starts: integers `[batch, document]`: positions at which documents begin, in any order. Others than
             0 to the number of positions less one say nothing: rows of fewer documents are filled with -1. What is
             before the first is a document, too.
-        positions: the number of positions; needed with `document_starts`.
+        positions: the number of positions, an int or an integer scalar; needed with `document_starts`.
 
     Returns:
         int32 `[batch, position, 2]`: of each position the first of its document, and the one behind its last.
 
     Raises:
-        ValueError: not one of the two, numbers that are no integers, other shapes, or more than 2**24 positions.
+        ValueError: not one of the two, numbers that are no integers, or other shapes.
     """
     if (segment_ids is None) == (document_starts is None):
         raise ValueError(
             "One of segment_ids and document_starts must be given. "
             f"Received: segment_ids={segment_ids}, document_starts={document_starts}"
         )
+    positions = None if positions is None else _count(positions)
     if segment_ids is not None:
         ids = _integers("segment_ids", segment_ids, "[batch, position]")
+        if isinstance(positions, int) and ids.shape[1] not in (None, positions):
+            raise ValueError(f"positions must be that of segment_ids, {ids.shape[1]}. Received: positions={positions}")
         begins = tf.not_equal(ids, tf.concat([ids[:, :1], ids[:, :-1]], axis=1))
         return _bounds(begins, ids >= 0)
     starts = _integers("document_starts", document_starts, "[batch, document]")
@@ -89,6 +91,15 @@ def in_documents(allowed, bounds, restart):
     return allowed & ((positions >= first[:, :, None]) & (positions[:, None] < end[:, None]))[:, None]
 
 
+def _count(positions):
+    """A number of positions: an int, or an integer scalar."""
+    if tf.is_tensor(positions):
+        if not positions.dtype.is_integer or positions.shape.rank not in (None, 0):
+            raise ValueError(f"positions must be an integer scalar. Received: positions={positions}")
+        return positions
+    return integer("positions", positions, 0)
+
+
 def _integers(name, values, axes):
     given = None if tf.is_tensor(values) or isinstance(values, tf.Variable) else np.asarray(values)
     if given is not None and given.dtype.kind not in "iu":
@@ -113,33 +124,32 @@ def _marked(starts, positions):
 
 def _bounds(begins, used):
     """`document_bounds` of the positions at which something begins, and of those that are of a document at all."""
-    static = begins.shape[1]
-    if static is not None and static > MOST_POSITIONS:
-        raise ValueError(f"segment_ids must have {MOST_POSITIONS} positions or fewer. Received: {static}")
-    count = tf.shape(begins)[1]
-    position = tf.cast(tf.range(tf.cast(count, tf.int64)), tf.float32)
-    first = _running_maximum(tf.where(begins, position, 0.0))
+    # Floats, which GPUs compute with, of 64 bits, which hold every position.
+    count = tf.cast(tf.shape(begins, tf.int64)[1], tf.float64)
+    position = tf.range(count)
+    zero = tf.zeros([], tf.float64)
+    first = _running_maximum(tf.where(begins, position, zero))
     # The end, counted from behind: the next position that begins something.
     next_begins = tf.concat([begins[:, 1:], tf.ones_like(begins[:, :1])], axis=1)
-    from_behind = tf.where(next_begins, tf.cast(count, tf.float32) - 1 - position, 0.0)
-    end = tf.cast(count, tf.float32) - tf.reverse(_running_maximum(tf.reverse(from_behind, [1])), [1])
+    from_behind = tf.where(next_begins, count - 1 - position, zero)
+    end = count - tf.reverse(_running_maximum(tf.reverse(from_behind, [1])), [1])
     if used is not None:
         first, end = tf.where(used, first, position + 1), tf.where(used, end, position)
     return tf.cast(tf.stack([first, end], axis=-1), tf.int32)
 
 
 def _running_maximum(x):
-    """The largest so far of `x`, float32 `[batch, position]`, 0 or more: by doubling, which every device does fast."""
+    """The largest so far of `x`, floats `[batch, position]`, 0 or more: by doubling, which every device does fast."""
     if x.shape[1] is not None:
         shift = 1
         while shift < x.shape[1]:
             x = tf.maximum(x, tf.pad(x[:, :-shift], [[0, 0], [shift, 0]]))
             shift *= 2
         return x
-    count = tf.shape(x)[1]
+    place = tf.range(tf.shape(x)[1])
 
-    def double(shift, x):
-        behind = tf.pad(x, [[0, 0], [shift, 0]])[:, :count]
+    def double(shift, x):  # by a gather: XLA compiles no padding of a size that the loop says
+        behind = tf.gather(x, tf.maximum(place - shift, 0), axis=1)
         return 2 * shift, tf.ensure_shape(tf.maximum(x, behind), [None, None])
 
-    return tf.while_loop(lambda shift, _: shift < count, double, [tf.constant(1), x])[1]
+    return tf.while_loop(lambda shift, _: shift < tf.shape(x)[1], double, [tf.constant(1), x])[1]

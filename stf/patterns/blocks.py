@@ -63,12 +63,24 @@ class Blocks(Pattern):
                 returns bools which broadcast to `[blocks, blocks]`, or to `[heads, blocks, blocks]`.
             n: number of positions, 1 or more.
             block_size: length of a block, 1 or more.
+
+        Returns:
+            A `Blocks`.
+
+        Raises:
+            ValueError: if `n` or `block_size` is not an integer or less than 1, or the rule returns something else.
         """
         block_size = integer("block_size", block_size, 1)
         blocks = -(-integer("n", n, 1) // block_size)
         layout = np.asarray(rule(np.arange(blocks)[:, None], np.arange(blocks)[None, :]))
-        shape = np.broadcast_shapes(layout.shape, (blocks, blocks))
-        return cls(np.broadcast_to(layout, shape), block_size)
+        try:
+            layout = np.broadcast_to(layout, (*layout.shape[:-2], blocks, blocks))
+        except ValueError:
+            raise ValueError(
+                f"`rule` must return bools that broadcast to {blocks} x {blocks} blocks. "
+                f"Received: an array of shape {layout.shape}"
+            ) from None
+        return cls(layout, block_size)
 
     @property
     def blocks(self) -> int:

@@ -29,12 +29,16 @@ class PerHead(Pattern):
         self.patterns = check_patterns("patterns", patterns)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments as plain data: `patterns` as `serialize` gives them."""
+        """The arguments as plain data: `patterns` as `serialize` gives them; a subclass's own `_arguments`."""
+        if self._arguments:
+            return super().get_config()
         return {"patterns": [serialize(pattern) for pattern in self.patterns]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The pattern whose `get_config` gave `config`."""
+        if cls._arguments:
+            return super().from_config(config)
         return cls([deserialize(pattern) for pattern in config["patterns"]])
 
     def _for_head(self, head):
@@ -53,4 +57,6 @@ class PerHead(Pattern):
 
     def __repr__(self):
         """The expression that makes the pattern."""
-        return f"PerHead({[*self.patterns]!r})"
+        if self._arguments:
+            return super().__repr__()
+        return f"{type(self).__name__}({[*self.patterns]!r})"

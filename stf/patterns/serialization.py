@@ -1,13 +1,17 @@
 """Patterns as plain data and back, for the configs of layers and models."""
 
+import contextvars
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from stf.patterns.pattern import Pattern
 
 P = TypeVar("P", bound=Pattern)
 _registered: dict[str, type[Pattern]] = {}  # classes of users' own, by name
+# Those that `deserialize` was given, for the patterns within the pattern that it makes.
+_custom_objects: contextvars.ContextVar[Mapping[str, Any] | None]
+_custom_objects = contextvars.ContextVar("custom_objects", default=None)
 
 
 def register(cls: type[P]) -> type[P]:
@@ -33,7 +37,7 @@ def register(cls: type[P]) -> type[P]:
     Raises:
         ValueError: if it is no such class.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Pattern)) or _own(cls.__name__) is not None:
+    if not _is_pattern(cls) or _own(cls.__name__) is not None:
         raise ValueError(
             f"`cls` must be a subclass of Pattern, not named as one of stf.patterns. Received: cls={cls!r}"
         )
@@ -77,16 +81,20 @@ def deserialize(config: dict[str, Any], custom_objects: Mapping[str, Any] | None
             f"`config` must be a dict with 'class_name' and 'config', as `serialize` gives. Received: config={config!r}"
         )
     name = config["class_name"]
+    custom_objects = _custom_objects.get() if custom_objects is None else custom_objects
     kind = _named(name, custom_objects) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, Pattern) and kind is not Pattern):
+    if not _is_pattern(kind) or kind is Pattern:
         raise ValueError(
             "`config` names no pattern; one of your own needs `stf.patterns.register`, or `custom_objects`. "
             f"Received: class_name={name!r}"
         )
+    within = _custom_objects.set(custom_objects)
     try:
         return kind.from_config(config["config"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"`config` does not fit {name} ({error}). Received: config={config!r}") from error
+    finally:
+        _custom_objects.reset(within)
 
 
 def get(pattern: Pattern | dict[str, Any]) -> Pattern:
@@ -107,7 +115,11 @@ def _own(name):
     from stf import patterns
 
     kind = getattr(patterns, name, None) if name in patterns.__all__ else None
-    return kind if isinstance(kind, type) and issubclass(kind, Pattern) else None
+    return kind if _is_pattern(kind) else None
+
+
+def _is_pattern(kind: Any) -> TypeGuard[type[Pattern]]:
+    return isinstance(kind, type) and issubclass(kind, Pattern)
 
 
 def _named(name, custom_objects):
@@ -122,7 +134,8 @@ def _named(name, custom_objects):
         by_keras = keras.saving.get_registered_object(name)
         if by_keras is None:  # of a package: registered as "package>name"
             objects = keras.saving.get_custom_objects()
-            by_keras = next((each for key, each in objects.items() if key.rpartition(">")[2] == name), None)
-        if isinstance(by_keras, type) and issubclass(by_keras, Pattern):
+            named = (each for key, each in objects.items() if key.rpartition(">")[2] == name)
+            by_keras = next(filter(_is_pattern, named), None)
+        if _is_pattern(by_keras):
             return by_keras
     return _registered.get(name)

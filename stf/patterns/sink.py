@@ -12,7 +12,8 @@ class Sink(Pattern):
 
     Queries whose window has left the first positions behind lose what they had learned to rest on; with them in sight
     a window goes on as before (Xiao et al. 2023, "Efficient streaming language models with attention sinks").
-    `Window(w) | Sink(4)` is that paper's.
+    `Window(w) | Sink(4)` is that paper's. Of packed documents each has its own first positions where an attention's
+    `restart` is set; without it they are the sequence's, which the first document alone sees.
 
     Examples:
         >>> (stf.patterns.Window(3) | stf.patterns.Sink(2)).keys(7)

@@ -28,12 +28,16 @@ class Union(Pattern):
         self.parts = _flat(check_patterns("parts", parts))
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments as plain data: `parts` as `serialize` gives them."""
+        """The arguments as plain data: `parts` as `serialize` gives them; a subclass's own `_arguments`."""
+        if self._arguments:
+            return super().get_config()
         return {"parts": [serialize(part) for part in self.parts]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The pattern whose `get_config` gave `config`."""
+        if cls._arguments:
+            return super().from_config(config)
         return cls([deserialize(part) for part in config["parts"]])
 
     def _for_head(self, head):
@@ -55,7 +59,11 @@ class Union(Pattern):
 
     def __repr__(self):
         """The expression that makes the pattern."""
-        return " | ".join(map(repr, self.parts)) if len(self.parts) > 1 else f"Union({[*self.parts]})"
+        if self._arguments:
+            return super().__repr__()
+        if type(self) is Union and len(self.parts) > 1:
+            return " | ".join(map(repr, self.parts))
+        return f"{type(self).__name__}({[*self.parts]})"
 
 
 def _flat(parts):

@@ -64,6 +64,35 @@ def test_steps_behind_a_prefix_are_attention(name, begin):
 
 
 @names
+@pytest.mark.parametrize("key_heads", [1, 2, 3])
+def test_shared_heads_and_sinks(name, key_heads):
+    query, key, value = inputs()
+    key, value = key[:, :, :key_heads], value[:, :, :key_heads]
+    sink = np.linspace(-2, 2, HEADS, dtype=np.float32)
+    whole = stf.ops.attention(query, key, value, PATTERNS[name], sink=sink)
+    cache = KeyValueCache(PATTERNS[name], HEADS, N, 6, 5, layers=2, num_key_value_heads=key_heads)
+    assert cache.bytes(2) == sum(4 * tf.size(tensor) for tensor in cache.zeros(2))
+    assert cache.bytes(2) <= cache_of(name, layers=2).bytes(2)
+    for begin in (0, 17):
+        state = cache.zeros(2)
+        if begin:
+            one = KeyValueCache(PATTERNS[name], HEADS, N, 6, 5, num_key_value_heads=key_heads)
+            filled = one.fill(key, value, begin)
+            state = [tf.concat([empty[: len(part)], part], 0) for empty, part in zip(state, filled, strict=True)]
+        for position in range(begin, begin + 12):
+            state = cache.write(state, key[:, position], value[:, position], position, layer=1)
+            output = cache.attend(state, query[:, position], position, layer=1, sink=sink)
+            np.testing.assert_allclose(output, whole[:, position], atol=2e-6)
+
+
+def test_heads_that_do_not_share_evenly_are_refused():
+    with pytest.raises(
+        ValueError, match="`num_key_value_heads` must divide num_heads=6. Received: num_key_value_heads=4"
+    ):
+        KeyValueCache(P.Local(3), HEADS, N, 6, 5, num_key_value_heads=4)
+
+
+@names
 def test_what_an_op_is_told_to_read_is_what_the_pattern_attends_to(name):
     """Each position's number is its key: of every head, those in the slots of `reads`, behind writes of `writes`."""
     cache = cache_of(name)

@@ -136,6 +136,7 @@ def test_the_masks_mean_what_they_mean_in_keras():
         {"query_mask": right, "key_mask": right},
         {"value_mask": left},
         {"query_mask": right & left, "value_mask": right, "key_mask": left},
+        {"query_mask": right, "value_mask": np.ones((4, 16), bool)},
         {"attention_mask": np.tril(np.ones((16, 16), bool))},
         {"attention_mask": np.tril(np.ones((4, 16, 16), int)), "value_mask": left},
         {"attention_mask": np.arange(16)[:, None] // 5 == np.arange(16) // 5},
@@ -146,8 +147,12 @@ def test_the_masks_mean_what_they_mean_in_keras():
             rows &= mask if name != "attention_mask" else True
         got = ours(x, x, **masks)
         np.testing.assert_allclose(got[rows], want[rows], rtol=1e-4, atol=1e-5, err_msg=str(list(masks)))
+        if "query_mask" in masks:  # others give 0
+            assert not np.any(got.numpy()[~masks["query_mask"]] - ours.output_dense.bias)
         scores = ours(x, x, return_attention_scores=True, **masks)
         np.testing.assert_allclose(scores[0], got, rtol=1e-4, atol=1e-5)
+        if "query_mask" not in masks or "value_mask" in masks:
+            np.testing.assert_allclose(ours(x, **masks), got, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,11 @@ def test_the_masks_mean_what_they_mean_in_keras():
         ({"attention_mask": (np.arange(16) < 9)[None, None]}, "`query_mask` \\(`value_mask`, `key_mask`\\)"),
         ({"value_mask": np.arange(16)[None] != 4}, "on the left and on the right alone"),
         ({"key_mask": np.arange(16)[None] < 4, "query_mask": np.arange(16)[None] < 5}, "`query_mask` must leave out"),
+        ({"value_mask": np.arange(16)[None] < 4}, "`query_mask` must leave out"),  # Keras answers all queries
+        (
+            {"segment_ids": np.arange(16)[None] // 8, "value_mask": np.arange(16)[None] != 7},
+            "`query_mask` must leave out .* \\(in each document\\)",
+        ),
     ],
 )
 def test_masks_that_cannot_be_expressed_are_refused_by_name(masks, words):
@@ -168,8 +178,26 @@ def test_masks_that_cannot_be_expressed_are_refused_by_name(masks, words):
     with pytest.raises(tf.errors.InvalidArgumentError, match="Assert|must"):
         tf.function(lambda x: layer(x, x, **masks))(x)
     assert np.isnan(tf.function(lambda x: layer(x, x, **masks), jit_compile=True)(x)).all()
-    with pytest.raises(ValueError, match="attention_mask of shape"):
-        layer(x, attention_mask=np.ones((2, 2, 16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"attention_mask": np.ones((2, 2, 16, 16))}, r"attention_mask of shape \(2, 2, 16, 16\)"),
+        ({"attention_mask": np.ones((3, 16, 16))}, r"attention_mask of shape \(3, 16, 16\)"),
+        ({"attention_mask": np.ones((15, 16))}, r"attention_mask of shape \(15, 16\)"),
+        ({"mask": np.ones((2, 15), bool)}, r"`query_mask` must have shape \(2, 16\). Received: shape \(2, 15\)"),
+        ({"value_mask": np.ones(16, bool)}, r"`value_mask and key_mask` must have shape \(2, 16\)"),
+        ({"segment_ids": np.ones((2, 17), int)}, r"`segment_ids` must have shape \(2, 16\)"),
+        ({"document_starts": np.ones((3, 2), int)}, r"`document_starts` must have shape \(2, None\)"),
+        ({"lengths": np.array([3.0, 20.0])}, "lengths must be integers. Received: lengths=<float"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_name(arguments, words):
+    layer = SparseAttention(2, 8, patterns.Causal(), rotary=True, restart=True)
+    for scores in (False, True):
+        with pytest.raises(ValueError, match=words):
+            layer(vectors(batch=2, positions=16, width=16), return_attention_scores=scores, **arguments)
 
 
 def test_packed_documents_give_what_each_gives_alone():
@@ -253,21 +281,31 @@ def test_a_sink_takes_weight_and_learns():
 
 
 def test_rotary_scores_depend_on_distances_alone_and_decoding_goes_on():
-    layer = SparseAttention(4, 8, patterns.Local(6), rotary=True, num_key_value_heads=2, seed=0)
+    layer = SparseAttention(
+        4,
+        8,
+        patterns.Local(6),
+        rotary=True,
+        num_key_value_heads=2,
+        attention_sink=True,
+        bias_initializer="normal",
+        seed=0,
+    )
+    layer.build([2, 20, 16])
+    layer.sink.assign([0.5, -1.0, 2.0, 0.0])
     x = vectors(batch=2, positions=20, width=16)
     scores = layer(x, return_attention_scores=True)[1]
     moved = layer(tf.concat([x[:, :7] * 3, x], 1), return_attention_scores=True)[1]
     np.testing.assert_allclose(scores[:, :, 8:, 8:], moved[:, :, 15:, 15:], rtol=1e-4, atol=1e-6)
     want = layer(x)
     query, key, value = layer.project(x)
-    cache = stf.generation.KeyValueCache(layer.pattern, 4, 20, 8, 8)
+    cache = stf.generation.KeyValueCache(layer.pattern, 4, 20, 8, 8, num_key_value_heads=2)
     state = cache.zeros(2)
     for position in range(20):
         one = [part[:, position : position + 1] for part in (query, key)]
         turned, turned_key = layer.with_positions(*one, positions=[position])
-        shared = [tf.repeat(part[:, 0], 2, axis=1) for part in (turned_key, value[:, position : position + 1])]
-        state = cache.write(state, *shared, position)
-        heads = cache.attend(state, turned[:, 0], position)
+        state = cache.write(state, turned_key[:, 0], value[:, position], position)
+        heads = cache.attend(state, turned[:, 0], position, sink=layer.sink)
         np.testing.assert_allclose(layer.combine(heads[:, None])[:, 0], want[:, position], rtol=1e-4, atol=1e-5)
 
 
@@ -284,13 +322,53 @@ def test_rotary_embedding_is_exact_a_million_positions_on():
     assert stf.layers.RotaryEmbedding.from_config(rotary.get_config()).base == 500.0
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_rotary_positions_are_not_rounded_in_half_precision(policy):
+    half, exact = (
+        SparseAttention(2, 16, patterns.Local(9), rotary=True, restart=True, dtype=dtype, seed=1)
+        for dtype in (policy, "float32")
+    )
+    x = 3 * vectors(batch=1, positions=3000, width=16)
+    ids = np.repeat([0, 1, 2], [700, 2200, 100])[None]
+    want, alone = (
+        tf.concat([layer(x[:, begin:end]) for begin, end in ((0, 700), (700, 2900), (2900, 3000))], 1)
+        for layer in (exact, half)
+    )
+    rounding = np.abs(want - tf.cast(alone, tf.float32)).max()
+    assert np.abs(want - tf.cast(half(x, segment_ids=ids), tf.float32)).max() <= 2 * rounding
+    rotary = stf.layers.RotaryEmbedding(dtype=policy)
+    x = vectors(batch=1, positions=1, width=16)
+    for position in (3001, 70_000, 999_999):
+        turned = rotary(x, positions=[position])
+        assert turned.dtype == rotary.compute_dtype
+        np.testing.assert_array_equal(turned, rotary(x, positions=[float(position)]))
+        np.testing.assert_array_equal(turned, rotary(x, positions=np.array([[position]], np.float64)))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "positions", "words"),
+    [
+        ((1, 8, 2, 4), np.arange(3), r"`positions` must be .* with 8 positions. Received: positions of shape \(3,\)"),
+        ((1, 8, 2, 4), 5, "`positions` must be"),
+        ((1, 8, 2, 5), None, r"`inputs` must be floats .* even depth. Received: inputs of dtype float32, shape"),
+        ((8, 4), None, "`inputs` must be floats"),
+    ],
+)
+def test_rotary_refuses(inputs, positions, words):
+    with pytest.raises(ValueError, match=words):
+        stf.layers.RotaryEmbedding()(tf.zeros(inputs), positions=positions)
+    with pytest.raises(ValueError, match="Received: inputs of dtype int32"):
+        stf.layers.RotaryEmbedding()(tf.zeros([1, 8, 4], tf.int32))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"num_key_value_heads": 3}, "`num_key_value_heads` must divide num_heads=4. Received: num_key_value_heads=3"),
         ({"num_key_value_heads": 0}, "`num_key_value_heads` must be an int, 1 or more"),
         ({"rotary": True, "key_dim": 5}, "`key_dim` must be even where rotary=True. Received: key_dim=5"),
-        ({"rotary_base": 0}, "`base` must be above 0"),
+        ({"rotary_base": 0}, "`rotary_base` must be above 0. Received: rotary_base=0"),
+        ({"rotary_scaling": -1.0}, "`rotary_scaling` must be above 0"),
     ],
 )
 def test_features_refuse(arguments, words):
