@@ -46,7 +46,8 @@ typedef struct {
   const int32_t* lengths;  // [B] positions in use of each sequence, or null: all are. Rows past it have no key.
   // [B, T, 2] Documents, which queries and keys of a pair share: of each position the first that it may attend to, and the one behind the
   // last that may attend to it. Both never fall from one position to the next. Of the documents these are the ends; a position i that is
-  // of none has i + 1 and i. Null: a sequence is one document.
+  // of none has i + 1 and i. What is there is read and weighs nothing, so it must be finite (past a length there may be anything).
+  // Null: a sequence is one document.
   const int32_t* documents;
   const float* sinks;  // [H] a score in every softmax of a head that has no value: it takes weight from the keys. Null: none
   int64_t key_heads;   // of key and value, which divide the heads: each is that of as many heads, one after another. 0: as many as heads

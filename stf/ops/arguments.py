@@ -48,7 +48,7 @@ def check_tensors(query, key, value, pattern, dtypes):
     for name, number in (("query", heads), ("key", key_heads)):
         if number is None:
             raise ValueError(f"{name} must have a static number of heads. Received: {name}={_words(tensors[name])}")
-    if key_heads != heads and (key_heads == 0 or heads % key_heads):
+    if key_heads != heads and (key_heads == 0 or heads == 0 or heads % key_heads):
         raise ValueError(
             f"key must have a number of heads that divides the query's, {heads}. Received: key={_words(key)}"
         )

@@ -116,7 +116,8 @@ def _sink_gradient(op, output_grad, log_sum_exp_grad):
     """-sum over queries of p (output . output_grad - log_sum_exp_grad), p the sink's weight."""
     output, log_sum_exp = op.outputs
     sink = op.inputs[-1][:, None]
-    products = tf.cast(output, tf.float32) * tf.cast(output_grad, tf.float32)
+    # Where a row is not in use its output is 0, and its gradient may be anything.
+    products = tf.math.multiply_no_nan(tf.cast(output_grad, tf.float32), tf.cast(output, tf.float32))
     delta = tf.transpose(tf.reduce_sum(products, axis=3), [0, 2, 1])
     if log_sum_exp_grad is not None:
         delta -= log_sum_exp_grad

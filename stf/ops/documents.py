@@ -23,7 +23,8 @@ def document_bounds(
 
     Args:
         segment_ids: integers `[batch, position]`: neighbours with the same number are of one document; negative
-            numbers are of none: such a position attends to nothing and nothing attends to it.
+            numbers are of none: such a position attends to nothing and nothing attends to it; what is there must be
+            finite all the same (`lengths` are for what may be anything).
         document_starts: integers `[batch, document]`: positions at which documents begin, in any order. Others than
             0 to the number of positions less one say nothing: rows of fewer documents are filled with -1. What is
             before the first is a document, too.

@@ -71,14 +71,17 @@ def lower(pattern: "Pattern", num_heads: int, restart: bool = False) -> Program:
                     places[part.c, bits] = 8 * len(layouts)
                     layouts += bits
                 b = places[part.c, bits]
-            kind, d = part.kind, part.d
-            if restart and kind == Kind.SUMMARY:
-                kind = Kind.COLUMNS
-            elif restart and kind in (Kind.OWN_BLOCK, Kind.BLOCKS):
-                d = 1
+            kind, d = restarted(part) if restart else (part.kind, part.d)
             records += [int(kind), part.a, b, part.c, d, part.exclude]
         begin.append(len(records) // 6)
     return Program(records, begin, bytes(layouts))
+
+
+def restarted(part):
+    """Kind and d of a component whose blocks are counted from each document's first position on."""
+    if part.kind == Kind.SUMMARY:
+        return Kind.COLUMNS, part.d
+    return part.kind, 1 if part.kind in (Kind.OWN_BLOCK, Kind.BLOCKS) else part.d
 
 
 def components(parts):

@@ -2,10 +2,10 @@
 
     python sequence_parallel.py COUNT NAME...     # on CPUs; on GPUs with STF_DEVICES=GPU
 
-A name is a case and a dtype policy, or "fit", or "refused". Of each case: the loss on one device and on COUNT; for each
-weight's gradient how far it is from float64's, as a share of that one's largest, the worst of all weights, on one and
-on COUNT (in float64: from each other); whether two runs on COUNT have the same bits; and the bytes sent between
-devices.
+A name is a case and a dtype policy, or "fit", "more fits", "refused". Of each case: the loss on one device and on
+COUNT; for each weight's gradient how far it is from float64's, as a share of that one's largest, the worst of all
+weights, on one and on COUNT (in float64: from each other); whether two runs on COUNT have the same bits; and the bytes
+sent between devices.
 """
 
 import json
@@ -132,9 +132,24 @@ def fit(model, epochs=2, validated=False):
 def compare_fits():
     """What `fit` gives on one device and on several, and what of it is saved and loaded."""
     one, two = tf.distribute.OneDeviceStrategy(f"{KIND}:0"), parallel(2)
+    models = {"one": make_model(one), "two": make_model(two)}
+    found = {name: fit(model, validated=True) for name, model in models.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.keras"
+        models["two"].save(path)
+        with parallel(4).scope():
+            loaded = keras.saving.load_model(path)
+    of_both = (models["two"], loaded)
+    found["evaluated"] = [model.evaluate(TOKENS[:4], TOKENS[:4], verbose=0)[0] for model in of_both]
+    return found
+
+
+def compare_more_fits():
+    """Other ways to train, and what goes on."""
+    one, two = tf.distribute.OneDeviceStrategy(f"{KIND}:0"), parallel(2)
     models = {"one": make_model(one), "two": make_model(two), "two again": make_model(two)}
     models["two times two"] = make_model(parallel(4, 2))
-    found = {name: fit(model, validated=name in ("one", "two")) for name, model in models.items()}
+    found = {name: fit(model) for name, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.keras"
         models["two"].save(path)
@@ -142,8 +157,6 @@ def compare_fits():
         for name, strategy in (("one", one), ("four", parallel(4))):
             with strategy.scope():
                 loaded[name] = keras.saving.load_model(path)
-    of_all = (models["two"], *loaded.values())
-    found["evaluated"] = [model.evaluate(TOKENS[:4], TOKENS[:4], verbose=0)[0] for model in of_all]
     with bytes_counted() as sent:
         found["by Keras' Adam"] = [
             fit(make_model(each, optimizer=lambda: keras.optimizers.Adam(1e-2))) for each in (one, two)
@@ -176,10 +189,13 @@ def refusals():
     return found | {"fits of other lengths": lengths}
 
 
+RUNS = {"fit": compare_fits, "more fits": compare_more_fits, "refused": refusals}
+
+
 def main():
     for name in sys.argv[2:]:
-        if name in ("fit", "refused"):
-            found = compare_fits() if name == "fit" else refusals()
+        if name in RUNS:
+            found = RUNS[name]()
         else:
             found = compare(*name.split("/"))
         print(json.dumps({"name": name} | found), flush=True)

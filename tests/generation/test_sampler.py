@@ -149,7 +149,8 @@ def test_traced_and_compiled_once_for_a_size():
 
 
 def test_more_blocks_than_are_unrolled_give_the_same(monkeypatch):
-    model = make([*PATTERNS[1:4], PATTERNS[6]] * 2)  # 9 blocks of a period of 4: two periods and one more
+    model = make([PATTERNS[1], PATTERNS[6]] * 2)  # 5 blocks of a period of 2: two periods and one more
+    monkeypatch.setattr(stf.generation.decoder, "UNROLLED", 2)
     looped = stf.generation.generate(model, 0, batch_size=2, seed=3)
     monkeypatch.setattr(stf.generation.decoder, "UNROLLED", 100)
     model.__dict__.pop("_decoders_by_size")

@@ -330,6 +330,15 @@ def test_documents_backward_in_one_pass(case):
     check(pattern(), n, depths=depths, ids=segment_ids(n, 2, 1), key_heads=1, with_sinks=True, restart=True)
 
 
+@pytest.mark.parametrize("first", [3, 1000])
+@pytest.mark.parametrize("pattern", [OwnBlock(64), OwnBlock(20), blocks(2048, 16)], ids=["own 64", "own 20", "blocks"])
+def test_blocks_of_a_document_that_strides_leave_out(pattern, first):
+    """Of two launches: that of the strides leaves out what counts from the document, also in its last tiles."""
+    ids = np.stack([np.arange(2048) >= first, np.zeros(2048, int)]).astype(np.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        check(pattern | Strided(8), 2048, dtype, (32, 32), ids=ids, restart=True)
+
+
 @pytest.mark.parametrize("length", [1, 24, 32, 33, 64, 65, 96, 128, 129])
 def test_documents_in_packed_sequences(length):
     for dtype in (torch.float32, torch.bfloat16):

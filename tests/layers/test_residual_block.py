@@ -172,6 +172,30 @@ def test_lengths_and_masks_reach_the_attention_also_when_recomputed():
         np.testing.assert_allclose(got[1:2, :5], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("jit_compile", [None, False, True], ids=["eager", "graph", "xla"])
+def test_a_mask_that_keras_hands_on_is_that_of_the_gradients_too(jit_compile):
+    """With documents a call has two tensors, for which Keras gives masks other names."""
+    mask = np.arange(POSITIONS) < np.array([[POSITIONS], [5], [8]])
+    stream = tf.where(mask[:, :, None], vectors(), 0)
+    ids = np.tile(np.arange(POSITIONS) // 4, (3, 1))
+
+    def step(block, masked, **arguments):
+        def run(stream):
+            with tf.GradientTape() as tape:
+                x = keras.layers.Masking()(stream) if masked else stream
+                loss = tf.reduce_sum(tf.where(mask[:, :, None], block(x, training=True, **arguments), 0) ** 2)
+            return tape.gradient(loss, [variable.value for variable in block.trainable_variables])
+
+        return (run if jit_compile is None else tf.function(run, jit_compile=jit_compile))(stream)
+
+    cases = [{"segment_ids": ids}, {"document_starts": np.tile([0, 4, 8], (3, 1))}, {}]
+    for documents in cases if jit_compile is None else cases[:1]:  # a compiler takes its time
+        want = step(make(False, dropout=0.0), False, mask=mask, **documents)
+        got = step(make(True, dropout=0.0), True, **documents)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
 def test_attention_may_have_a_policy_of_its_own():
     attention = StridedAttention(2, 4, 4, dtype="float32")
     block = SparseResidualBlock(attention, dropout=0.5, recompute=True, dtype="mixed_bfloat16")

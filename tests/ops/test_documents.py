@@ -24,6 +24,21 @@ def test_every_pattern_in_documents(name, restart):
     check(inputs, pattern, within_documents(mask, ids, restart), name, documents=documents, restart=restart)
 
 
+BLOCKS = ["own_block", "summary", "summary_second", "merged_fixed", "blocks", "blocks_of_heads", "all_kinds"]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_many_positions_counted_from_each_document(name):
+    """Columns far apart, blocks that a tile's rows use alike, documents of several tiles and of a few positions."""
+    n = 260
+    ids = np.stack([np.zeros(n, np.int32), np.arange(n) >= 3, np.repeat([0, 1, -1, 2], [130, 7, 13, 110])])
+    pattern, mask = case(name, 40, n)
+    inputs = random_inputs(5, 3, n, HEADS, 8, 12, lengths=[n, n, 250])
+    check(
+        inputs, pattern, within_documents(mask, ids, True), name, documents=stf.ops.document_bounds(ids), restart=True
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["local", "strided", "merged_fixed", "all_kinds", "multihead_mixed"])
 def test_documents_lengths_groups_and_sinks_together(name, dtype):
@@ -76,6 +91,17 @@ def test_sinks_beyond_all_scores(sink):
     for ours, other in zip(with_none[:5], without, strict=True):
         np.testing.assert_array_equal(ours, other)
     assert not with_none.sink_grad.any()
+
+
+def test_a_sinks_gradient_does_not_look_beyond_a_length():
+    inputs = random_inputs(4, 2, 50, HEADS, 8, 12, lengths=[20, 33], with_sink=True)
+    spoilt = [x.copy() for x in (*inputs[:3], inputs.output_grad)]
+    for x in spoilt:
+        x[0, 20:], x[1, 33:] = np.nan, np.inf
+    dirty = inputs._replace(query=spoilt[0], key=spoilt[1], value=spoilt[2], output_grad=spoilt[3])
+    pattern = stf.patterns.Local(5) | stf.patterns.Strided(6)
+    for a, b in zip(run(inputs, pattern), run(dirty, pattern), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("mode", ["function", "unknown shapes", "xla", "xla, unknown shapes"])
@@ -199,6 +225,7 @@ def test_bounds_refuse(arguments, words):
         ({"key": tf.zeros([2, 8, 3, 5])}, "key must have a number of heads that divides the query's, 4"),
         ({"key": tf.zeros([2, 8, 2, 5])}, r"value must have shape \(2, 8, 2, 6\)"),
         ({"value": tf.zeros([2, 8, 2, 6])}, r"value must have shape \(2, 8, 4, 6\)"),
+        ({"query": tf.zeros([2, 8, 0, 5])}, "key must have a number of heads that divides the query's, 0"),
     ],
 )
 def test_the_op_refuses(change, words):

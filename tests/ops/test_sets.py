@@ -12,7 +12,7 @@ import pytest
 from paper_sets import segment_ids, within_documents
 
 from stf.patterns import Component, Kind, components_mask
-from stf.patterns.lowering import Program
+from stf.patterns.lowering import Program, restarted
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -128,11 +128,7 @@ def test_every_view_within_documents(name, device, restart, library):
     part = COMPONENTS[name]
     bits = np.packbits(part.layout.reshape(-1), bitorder="little") if part.layout is not None else np.zeros(1, np.uint8)
     exact = components_mask(Program([int(part.kind), part.a, part.b, part.c, part.d, 0], [0, 1], bits.tobytes()), N)[0]
-    kind, d = part.kind, part.d
-    if restart and kind == Kind.SUMMARY:
-        kind = Kind.COLUMNS
-    elif restart and kind in (Kind.OWN_BLOCK, Kind.BLOCKS):
-        d = 1
+    kind, d = restarted(part) if restart else (part.kind, part.d)
     record = Record(int(kind), part.a, part.b, part.c, d, 0)
     for ids in segment_ids(N, 4):
         bounds = np.zeros((N, 2), np.int32)

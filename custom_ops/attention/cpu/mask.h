@@ -35,6 +35,15 @@ struct Cursor {
   bool Done() const { return next >= end; }
 };
 
+// From where on the blocks of an irregular component are counted for queries first ... last; kNowhere where that is not one position: they
+// are of several documents, or of none.
+constexpr int64_t kNowhere = -1;
+inline int64_t Origin(const View& view, const stf_component& c, int64_t first, int64_t last) {
+  if (!view.documents || !Restarts(c)) return 0;
+  const int64_t origin = view.FirstKey(first);
+  return origin <= first && view.FirstKey(last) == origin ? origin : kNowhere;
+}
+
 inline bool SameColumn(const stf_problem& problem, const stf_component& c, int64_t row_begin, int64_t row_end, int64_t x, int64_t y) {
   for (int64_t row = row_begin; row <= row_end; row++) {
     if (LayoutBit(problem.layouts, c, row, x) != LayoutBit(problem.layouts, c, row, y)) return false;
@@ -42,19 +51,29 @@ inline bool SameColumn(const stf_problem& problem, const stf_component& c, int64
   return true;
 }
 
-// Whether rows and columns of a layout's blocks begin at multiples of their size: then a segment keeps to columns that rows use alike.
-inline bool ByColumns(const View& view, const stf_component& c) { return c.kind == STF_BLOCKS && !(view.documents && Restarts(c)); }
+// Whether a segment keeps to columns that the tile's queries use alike: columns of a layout's blocks, or those of a summary, where more
+// than a few lie between them.
+inline bool ByColumns(const stf_component& c, int64_t origin) {
+  return origin != kNowhere && (c.kind == STF_BLOCKS || (c.kind == STF_COLUMNS && c.a - (c.c - c.b) >= kGranule));
+}
 
-// Moves a block layout's cursor over columns of blocks that no row of the tile uses.
+// Moves an irregular component's cursor over columns that no row of the tile uses.
 inline void SkipEmpty(const stf_problem& problem, const View& view, int64_t first, int64_t last, Cursor* cursor) {
   const stf_component& c = *cursor->component;
-  if (!ByColumns(view, c)) return;
+  const int64_t origin = Irregular(c) ? Origin(view, c, first, last) : kNowhere;
+  if (!ByColumns(c, origin)) return;
+  if (c.kind == STF_COLUMNS) {
+    const int64_t column = (cursor->next - origin) % c.a;
+    if (column < c.b) cursor->next += c.b - column;
+    if (column >= c.c) cursor->next += c.a + c.b - column;
+    return;
+  }
   while (!cursor->Done()) {
-    const int64_t column = cursor->next / c.a;
-    for (int64_t row = first / c.a; row <= last / c.a; row++) {
+    const int64_t column = (cursor->next - origin) / c.a;
+    for (int64_t row = (first - origin) / c.a; row <= (last - origin) / c.a; row++) {
       if (LayoutBit(problem.layouts, c, row, column)) return;
     }
-    cursor->next = (column + 1) * c.a;
+    cursor->next = origin + (column + 1) * c.a;
   }
 }
 
@@ -68,11 +87,12 @@ inline Cursor Begin(const stf_problem& problem, const View& view, const stf_comp
 inline Segment Take(const stf_problem& problem, const View& view, int64_t first, int64_t last, Cursor* cursor) {
   const stf_component& c = *cursor->component;
   int64_t end = Least(cursor->next + kKeys, cursor->end);
-  if (ByColumns(view, c)) {  // as many columns of blocks as the tile's rows use alike
-    const int64_t column = cursor->next / c.a;
-    int64_t run = column + 1;
-    while (run * c.a < end && SameColumn(problem, c, first / c.a, last / c.a, column, run)) run++;
-    end = Least(end, run * c.a);
+  const int64_t origin = Irregular(c) ? Origin(view, c, first, last) : kNowhere;
+  if (ByColumns(c, origin)) {
+    const int64_t column = (cursor->next - origin) / c.a, row_begin = (first - origin) / c.a, row_end = (last - origin) / c.a;
+    int64_t run = column + 1;  // as many columns of blocks as the tile's rows use alike
+    while (c.kind == STF_BLOCKS && origin + run * c.a < end && SameColumn(problem, c, row_begin, row_end, column, run)) run++;
+    end = Least(end, origin + (c.kind == STF_BLOCKS ? run * c.a : column * c.a + c.c));
   }
   const Segment segment = {&c, cursor->next, static_cast<int>(end - cursor->next)};
   cursor->next = end;
@@ -112,11 +132,21 @@ inline void LeaveOut(const stf_problem& problem, const View& view, int64_t first
   }
 }
 
+// Whether an irregular component has all of a segment's pairs that are in the queries' intervals; of a layout, in those of rows that use
+// it.
+inline bool Whole(const View& view, int64_t first, int64_t last, const Segment& segment) {
+  const stf_component& c = *segment.component;
+  const int64_t origin = Origin(view, c, first, last);
+  if (!ByColumns(c, origin) || c.kind == STF_BLOCKS) return ByColumns(c, origin);
+  const int64_t i = first - origin, j = segment.begin + segment.count - 1 - origin;
+  return c.d == 1 || j / c.a < i / c.a || (c.d && i - j >= c.d - 1);
+}
+
 inline void FindLeftOut(const stf_problem& problem, const Pass& pass, const View& view, int64_t first, int lanes, const Segment& segment,
                         SegmentMask* mask) {
   const stf_component& c = *segment.component;
   mask->excludes = false;
-  if (Irregular(c) && !ByColumns(view, c)) LeaveOut(problem, view, first, lanes, segment, c, true, mask);
+  if (Irregular(c) && !Whole(view, first, first + lanes - 1, segment)) LeaveOut(problem, view, first, lanes, segment, c, true, mask);
   if (c.exclude == 0) return;
   const int64_t i0 = view.Position(first), i1 = view.Position(first + lanes - 1);
   const int64_t j0 = KeyPosition(c, view, segment.begin), j1 = KeyPosition(c, view, segment.begin + segment.count - 1);
@@ -132,8 +162,10 @@ inline void FindMask(const stf_problem& problem, const Pass& pass, const View& v
   const stf_component& c = *segment.component;
   const int64_t last = first + lanes - 1;
   const int granules = (lanes + kGranule - 1) / kGranule, blocks = (segment.count + kGranule - 1) / kGranule;
+  const int64_t origin = c.kind == STF_BLOCKS ? Origin(view, c, first, last) : kNowhere;
+  const bool by_bits = origin != kNowhere;  // a row has the segment whole or not at all
   FindLeftOut(problem, pass, view, first, lanes, segment, mask);
-  if (!ByColumns(view, c) && !mask->excludes && KeysOf(c, view, last).low <= segment.begin &&
+  if (!by_bits && !mask->excludes && KeysOf(c, view, last).low <= segment.begin &&
       KeysOf(c, view, first).high >= segment.begin + segment.count) {
     mask->strips[0] = {0, segment.count, 0, granules};
     mask->strip_count = 1;
@@ -143,7 +175,7 @@ inline void FindMask(const stf_problem& problem, const Pass& pass, const View& v
   for (int lane = 0; lane < granules * kGranule; lane++) {
     const int64_t m = first + (lane < lanes ? lane : lanes - 1);
     Interval keys = KeysOf(c, view, m);
-    if (ByColumns(view, c) && !LayoutBit(problem.layouts, c, m / c.a, segment.begin / c.a)) keys.high = 0;
+    if (by_bits && !LayoutBit(problem.layouts, c, (m - origin) / c.a, (segment.begin - origin) / c.a)) keys.high = 0;
     const int64_t high = Most(0, Least(segment.count, keys.high - segment.begin));
     mask->low[lane] = static_cast<int32_t>(Most(0, Least(high, keys.low - segment.begin)));
     mask->high[lane] = static_cast<int32_t>(high);

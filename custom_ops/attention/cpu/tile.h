@@ -50,8 +50,8 @@ struct KeyReader {
   float *key, *value;  // scratch: kKeys rows, or the whole sequence
   bool whole;
 
-  // Where the whole sequence is read, the next item's rows lie right behind this one's (the next head, or the next sequence's first): they
-  // are asked for now, since rows a stride apart are no pattern that the processor would foresee.
+  // Where the whole sequence is read, the next item's rows often lie right behind this one's (the next key head, or the next sequence's
+  // first): they are asked for now, since rows a stride apart are no pattern that the processor would foresee.
   void Read(const Arguments& args, const Item& item, const stf_component& c, const View& view, int64_t begin, int64_t count) const {
     const stf_problem& p = *args.problem;
     const int64_t key_row = Padded(p.key_depth), value_row = Padded(p.value_depth);

@@ -1,7 +1,7 @@
 // The CUDA kernels' entry points. Plain C; nothing is allocated, nothing waits, everything runs on the stream that is given.
 //
-// Tensors, `lengths` and `layouts` are device memory; the problem itself, its components and program_begin are host memory, read before
-// the call returns. Sequences may have up to 2^30 - 1 positions.
+// Tensors, `lengths`, `layouts`, `documents` and `sinks` are device memory; the problem itself, its components and program_begin are host
+// memory, read before the call returns. Sequences may have up to 2^30 - 1 positions.
 #ifndef STF_CUSTOM_OPS_ATTENTION_CUDA_ATTENTION_H_
 #define STF_CUSTOM_OPS_ATTENTION_CUDA_ATTENTION_H_
 
@@ -23,8 +23,8 @@ enum stf_cuda_refusal {
 size_t stf_attention_cuda_forward_workspace(const stf_problem* problem);
 size_t stf_attention_cuda_backward_workspace(const stf_problem* problem);
 
-// Sums are float32 from end to end, with one exception: an output in halves that takes two launches is rounded between them (of three or
-// more the workspace holds it).
+// Sums are float32 from end to end, with two exceptions: an output in halves that takes two launches is rounded between them (of three or
+// more the workspace holds it), and so is each head's gradient of a key or value that heads share, before they are added.
 //
 // out [B, T, H, value_depth], log_sum_exp [B, H, T] float32 (natural logarithm). Every element of both is written. `stream` is a
 // cudaStream_t. Returns 0, a

@@ -143,7 +143,7 @@ class Attention:
             value.shape[2],
         )
         size = load().stf_attention_cuda_backward_workspace(ctypes.byref(self._problem))
-        self.workspace_bytes = size  # of a backward pass; a forward one needs none
+        self.workspace_bytes = size  # of a backward pass; a forward one needs no more
         self._workspace = torch.full([max(size // 4, 1)], torch.nan, device=query.device)
 
     def forward(self, query, key, value, output, log_sum_exp):

@@ -39,9 +39,9 @@ absl::Status CheckComponent(const stf_component& c, int index) {
     if (c.c > c.a) return invalid("summary must not be larger than stride", "end column", c.c);
     if (c.b >= c.c) return invalid("summary must have a column", "begin column", c.b);
   }
-  if (c.kind == STF_BLOCKS) {
-    if (c.c < 1) return invalid("a layout must have a block", "blocks", c.c);
-  }
+  if (c.kind == STF_BLOCKS && c.c < 1) return invalid("a layout must have a block", "blocks", c.c);
+  if ((c.kind == STF_OWN_BLOCK || c.kind == STF_BLOCKS) && c.d > 1)
+    return invalid("blocks count from the sequence (0) or from the document (1)", "d", c.d);
   return absl::OkStatus();
 }
 

@@ -105,7 +105,7 @@ class AttentionNode {
       value.set_dim(3, inputs[2].dim_size(3));
       key_heads = inputs[1].dim_size(2);
       const int64_t heads = query.dim_size(2);
-      if (key_heads != heads && (key_heads == 0 || heads % key_heads != 0))
+      if (key_heads != heads && (key_heads == 0 || heads == 0 || heads % key_heads != 0))
         return InvalidArgument("key must have a number of heads that divides the query's, ", heads,
                                ". Received: key=", inputs[1].DebugString());
       TensorShape key = query, of_values = value;

@@ -64,7 +64,7 @@ absl::Status InferBatch(InferenceContext* c, DimensionHandle* batch) {
 absl::Status CheckKeyHeads(InferenceContext* c, DimensionHandle heads, DimensionHandle key_heads) {
   if (!c->ValueKnown(heads) || !c->ValueKnown(key_heads)) return absl::OkStatus();
   const int64_t of_query = c->Value(heads), of_key = c->Value(key_heads);
-  if (of_key == of_query || (of_key > 0 && of_query % of_key == 0)) return absl::OkStatus();
+  if (of_key == of_query || (of_key > 0 && of_query > 0 && of_query % of_key == 0)) return absl::OkStatus();
   return InvalidArgument("key must have a number of heads that divides the query's, ", of_query, ". Received: ", of_key, " heads");
 }
 

@@ -89,7 +89,7 @@ struct Launch {
   bool key_write;       // whether the keys' gradients are written: last, or the last that has some of the keys
   bool sm90;            // whether its kernels are those of Hopper (sm90/)
   bool together;        // whether a sequence's tiles follow one another
-  bool general;         // whether some component is a block layout or leaves out others
+  bool general;         // whether some component is irregular (see sets.h) or leaves out others
   int32_t run;          // sm90, backward in one pass: blocks of kBackwardKeys keys of a tile, of which `tiles` counts
   int32_t packed_rows;  // packed: rows of a tile that a sequence takes; sm90: as many as it is long
   int64_t work_tiles;   // sm90: tiles of rows in all

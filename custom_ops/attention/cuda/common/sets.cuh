@@ -36,7 +36,7 @@ struct Head {
   uint64_t members;
 };
 
-// What the intervals do not tell: block layouts and exclusions of component c.
+// What the intervals do not tell: exclusions of component c, and its own set where that is irregular.
 __device__ inline bool Extra(const uint8_t* layouts, const Head& head, const Component& c, const View& view, int m, int t) {
   const int i = view.Position(m), j = KeyPosition(c, view, t);
   if (j > i) return false;

@@ -158,6 +158,8 @@ struct __align__(16) WorkTile {
     for (uint64_t left = first < end ? of.members : 0; left; left &= left - 1) {
       const Component& c = of.components[__ffsll(left) - 1];
       cut |= kByKey ? !KeepsQueries(c, view, first, end - 1) : !KeepsKeys(c, view, first, end - 1);
+      // What it leaves out may count from the document though it does not, and belong to another launch.
+      for (uint64_t out = c.exclude; out; out &= out - 1) cut |= Restarts(of.components[__ffsll(out) - 1]);
     }
   }
   __device__ Head HeadOf(const Launch& launch) const { return {launch.components + launch.begin[program], launch.members[program]}; }
