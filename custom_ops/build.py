@@ -37,11 +37,11 @@ TENSORFLOWS = {"2.19": "2.19.1", "2.20": "2.20.0", "2.21": "2.21.0"}
 LLVM = ROOT / "third_party" / "tensorflow" / "2_19"
 FFI = ("jaxlib", "0.5.1", "jaxlib/include/", ("xla/ffi/api/ffi.h",))
 ALL_ARCHITECTURES = ("80", "90a", "100", "120")
-# A part that holds every template of the kernels: bfloat16 at depths 64 and 128, float32 at 256, which has passes of
-# its own, and all that is not a kernel.
+# A part that holds every template of the kernels, bfloat16 and float32 at depths 64 and 128, and all that is not a
+# kernel. (Whether there are tiles for the other depths is asserted there too.)
 CUDA_SAMPLE = (
     "//custom_ops:attention_cuda_1_2",
-    "//custom_ops:attention_cuda_0_4",
+    "//custom_ops:attention_cuda_0_2",
     "//custom_ops:attention_cuda_host",
     "//custom_ops:residual_stack_cuda_rowwise",
     "//custom_ops:residual_stack_decode_cuda_decode",

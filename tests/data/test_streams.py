@@ -213,6 +213,7 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 """
 
 
+@pytest.mark.slow
 def test_sixteen_gigabytes_take_less_than_two_of_memory(tmp_path):
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(16 * 10**9)
@@ -304,6 +305,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         audio.load(tmp_path, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_giant_image_is_reduced_first(tmp_path):
     rows, columns = np.mgrid[:6000, :6000]
     picture = np.stack([rows // 24, columns // 24, (rows + columns) // 48], -1).astype(np.uint8)

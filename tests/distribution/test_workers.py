@@ -145,6 +145,7 @@ model.fit(np.zeros((8, 3), "float32"), np.zeros((8, 1), "float32"), batch_size=4
 """
 
 
+@pytest.mark.slow
 def test_plain_keras_fails_where_ours_does_not():
     """Once it does not, stf.distribution.steps has less to do."""
     processes = cluster(program=("-c", PLAIN_KERAS))

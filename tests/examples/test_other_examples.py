@@ -153,6 +153,7 @@ def test_an_interrupted_generation_goes_on_to_the_same_samples(tmp_path):
     assert "--overwrite writes over it" in generate(tmp_path).communicate(timeout=120)[1]
 
 
+@pytest.mark.slow
 def test_attention_maps_of_a_recording(audio, tmp_path):
     run_dir, _ = audio
     flags = [f"--checkpoint={run_dir / 'checkpoint.keras'}", f"--audio={run_dir.parent / 'a.flac'}", "--head=1"]

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = pathlib.Path(__file__).with_name("kills.py")
 
 
-@pytest.mark.parametrize(("count", "seed"), [(3, 1), pytest.param(100, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "seed"), [(1, 1), pytest.param(100, 0, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_no_trace(count, seed, tmp_path):
     command = [sys.executable, PROGRAM, tmp_path, str(count), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)

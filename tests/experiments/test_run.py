@@ -114,7 +114,7 @@ def test_more_steps_go_on_along_the_longer_schedule(tmp_path, capsys):
         ("SIGTERM", dict(step=3)),
         pytest.param("SIGINT", dict(step=0), marks=pytest.mark.slow),
         pytest.param("SIGTERM", dict(step=5), marks=pytest.mark.slow),
-        ("SIGINT", dict(validation=True)),
+        pytest.param("SIGINT", dict(validation=True), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_a_signal_stops_ends_bit_for_bit(name, moment, tmp_path, capsys):

@@ -245,7 +245,10 @@ def named_weights(layer):
 
 
 @subjects
-@pytest.mark.parametrize("kind", ["sequential", "functional", "subclassed"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("sequential", marks=pytest.mark.slow), "functional", "subclassed"],
+)
 def test_fit_in_a_users_model(make, kind):
     for policy in ["float32", "mixed_bfloat16", "mixed_float16"]:
         keras.utils.set_random_seed(0)

@@ -148,7 +148,7 @@ def test_outputs_and_gradients_are_those_of_the_blocks(num_blocks, patterns, per
         ("patterns of heads", True, "function"),
         ("period 2 and a block", True, "jit"),
         pytest.param("period 4 and three", "attention", "jit", marks=pytest.mark.slow),
-        ("patterns of heads", False, "jit"),
+        pytest.param("patterns of heads", False, "jit", marks=pytest.mark.slow),
         ("one block", True, "jit"),
     ],
 )

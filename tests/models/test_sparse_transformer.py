@@ -140,7 +140,9 @@ def test_seed_fixes_all_weights_and_makes_no_two_blocks_alike():
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("recompute", [False, pytest.param("attention", marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "recompute", [pytest.param(False, marks=pytest.mark.slow), pytest.param("attention", marks=pytest.mark.slow), True]
+)
 def test_fit_learns_a_repeated_sequence(policy, recompute):
     keras.config.set_dtype_policy(policy)
     try:
@@ -354,7 +356,7 @@ def test_conditions_are_told_saved_and_counted(tmp_path):
     assert make().count_params() == model.count_params() - 5 * 8
 
 
-@pytest.mark.parametrize("jit_compile", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_told_model_learns_what_its_conditions_say(jit_compile):
     """Two classes of sequences, each one token repeated: only the class says the first token."""
     keras.utils.set_random_seed(0)

@@ -217,7 +217,11 @@ class StopAfter(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     ("policy", "dropout"),
-    [pytest.param("float32", 0.0, marks=pytest.mark.slow), ("mixed_float16", 0.0), ("float32", 0.2)],
+    [
+        pytest.param("float32", 0.0, marks=pytest.mark.slow),
+        pytest.param("mixed_float16", 0.0, marks=pytest.mark.slow),
+        ("float32", 0.2),
+    ],
 )
 def test_a_run_taken_up_in_the_midst_of_an_accumulation_ends_bit_for_bit(policy, dropout, tmp_path, capsys):
     x = tokens(64)

@@ -110,7 +110,7 @@ def test_a_scaled_loss_is_trained_on_as_an_unscaled_one():
     assert losses["float32"][-1] < losses["float32"][0] - 0.1
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["float32", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_a_compiled_model_comes_back_as_it_was_and_goes_on_the_same(policy, tmp_path):
     x = tokens()
     schedule = WarmupCosine(1e-2, total_steps=40, warmup_steps=3)
