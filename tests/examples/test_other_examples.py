@@ -136,10 +136,6 @@ def test_an_interrupted_generation_goes_on_to_the_same_samples(tmp_path):
     with np.load(tmp_path / "out.partial.npz") as kept:
         drawn = kept["tokens"]
     assert 0 < drawn.shape[1] < 200_000 and not (tmp_path / "out").exists()
-    again = generate(tmp_path, "--seed=3").communicate(timeout=120)[1]
-    assert "--resume goes on with it" in again
-    other = generate(tmp_path, "--seed=4", "--resume").communicate(timeout=120)[1]
-    assert "--seed must be 3" in other
     end = drawn.shape[1] + 300
     whole = model.generate(2, seed=3, length=end, verbose=0)
     np.testing.assert_array_equal(whole[:, : drawn.shape[1]], drawn)
@@ -150,7 +146,21 @@ def test_an_interrupted_generation_goes_on_to_the_same_samples(tmp_path):
     found = np.frombuffer((tmp_path / "out").read_bytes(), np.uint8).reshape(2, end)
     np.testing.assert_array_equal(found, whole)
     assert not (tmp_path / "out.partial.npz").exists()
+
+
+@pytest.mark.slow
+def test_generation_writes_over_nothing_and_goes_on_with_its_own(tmp_path):
+    stf.models.SparseTransformer(64, (8, 8), [stf.patterns.Local(8)], 1, 1, 8).save(tmp_path / "model.keras")
+    kept = dict(checkpoint=tmp_path / "model.keras", count=2, condition=None, prefix=None, prefix_length=0, length=0)
+    kept |= dict(temperature=1.0, top_k=None, top_p=None, seed=3)
+    tokens = np.zeros((2, 5), np.int32)
+    np.savez(tmp_path / "out.partial.npz", tokens=tokens, **{name: str(value) for name, value in kept.items()})
+    assert "--resume goes on with it" in generate(tmp_path, "--seed=3").communicate(timeout=120)[1]
+    assert "--seed must be 3" in generate(tmp_path, "--seed=4", "--resume").communicate(timeout=120)[1]
+    assert "written:" in generate(tmp_path, "--seed=3", "--resume").communicate(timeout=120)[0]
+    written = (tmp_path / "out").read_bytes()
     assert "--overwrite writes over it" in generate(tmp_path).communicate(timeout=120)[1]
+    assert (tmp_path / "out").read_bytes() == written and written[:5] == bytes(5)
 
 
 @pytest.mark.slow
