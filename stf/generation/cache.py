@@ -71,8 +71,9 @@ class KeyValueCache:
         ]
         shared, period = self.num_heads // self.num_key_value_heads, len(self._programs)
         read = [[head // shared for head in range(program, self.num_heads, period)] for program in range(period)]
-        self._kept = [sorted(set(of_program)) for of_program in read]  # of each program: key heads, and of each of its
-        self._place = [  # heads, which of them it reads
+        # Of each program the key heads that are kept, and where among them each of its heads finds the one it reads.
+        self._kept = [sorted(set(of_program)) for of_program in read]
+        self._place = [
             [kept.index(head) for head in of_program] for of_program, kept in zip(read, self._kept, strict=True)
         ]
 
@@ -149,7 +150,7 @@ class KeyValueCache:
         for program, part, keys, values in self._parts(state):
             slot = layer * part.slots + part.slot(position)
             for tensor, new in ((keys, key), (values, value)):
-                new = tf.cast(_some(new, self._kept[program], 1), tensor.dtype)
+                new = tf.cast(_take_heads(new, self._kept[program], 1), tensor.dtype)
                 if part.leaves_out:
                     new = tf.where(part.keeps(position), new, tf.gather(tensor, slot))
                 written.append(tf.tensor_scatter_nd_update(tensor, [[slot]], new[None]))
@@ -169,7 +170,7 @@ class KeyValueCache:
         """
         state = []
         for program, parts in enumerate(self._programs):
-            kept = [_some(tensor, self._kept[program], 2) for tensor in (key, value)]
+            kept = [_take_heads(tensor, self._kept[program], 2) for tensor in (key, value)]
             for part in parts:
                 positions = tf.clip_by_value(part.filled(count), 0, tf.shape(key)[1] - 1)
                 for tensor in kept:
@@ -207,7 +208,7 @@ class KeyValueCache:
             heads, scores, values = slice(program, None, len(self._programs)), [], []
             for _, part, key, value in self._parts(state, program):
                 keys, read = (
-                    _some(tf.cast(part.read(tensor, position, layer), exact), self._place[program], 2)
+                    _take_heads(tf.cast(part.read(tensor, position, layer), exact), self._place[program], 2)
                     for tensor in (key, value)
                 )
                 seen = part.seen(position)[:, None, None]
@@ -227,7 +228,7 @@ class KeyValueCache:
                     yield number, part, key, value
 
 
-def _some(tensor, heads, axis):
+def _take_heads(tensor, heads, axis):
     """Some heads of a tensor: a slice where they are evenly apart, as all are whose keys no others share."""
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     if step > 0 and heads == list(range(heads[0], heads[-1] + 1, step)):

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from stf.layers.initialization import INITIALIZATIONS, paper_initializer
+from stf.layers.initialization import INITIALIZATIONS, Initialization, paper_initializer
 from stf.layers.validation import positive, positives, seed_or_none
 from stf.typing import Shape, TensorLike
 
@@ -60,7 +60,7 @@ class SequenceEmbedding(keras.layers.Layer):
         vocab_size: int,
         model_dim: int,
         position_shape: Sequence[int],
-        init: Literal["released", "standard_deviation", "variance"] = "released",
+        init: Initialization = "released",
         seed: int | None = None,
         conditions: Sequence[int] = (),
         **kwargs: Any,

@@ -1,18 +1,19 @@
 """Initial values as the paper has them, and seeds that differ from kernel to kernel."""
 
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import keras
 
 from stf.layers.validation import positive
 
-INITIALIZATIONS = ("released", "standard_deviation", "variance")
+Initialization: TypeAlias = Literal["released", "standard_deviation", "variance"]
+INITIALIZATIONS = get_args(Initialization)
 
 
 def paper_initializer(
     fan_in: int,
     scale: float = 1.0,
-    init: Literal["released", "standard_deviation", "variance"] = "released",
+    init: Initialization = "released",
     seed: int | None = None,
 ) -> keras.initializers.Initializer:
     """The paper's normal initializer, N(0, 0.125 / sqrt(fan_in)) (Section 6).

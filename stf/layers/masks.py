@@ -1,5 +1,6 @@
 """From Keras' masks to what the op takes: the documents of a sequence, of which padding on its sides is none."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ def read_masks(
             )
         )
     if key_masks:
-        used = tf.reduce_all(tf.stack([tf.cast(mask, tf.bool) for mask in key_masks]), 0)
+        used = functools.reduce(tf.logical_and, [tf.cast(mask, tf.bool) for mask in key_masks])
         runs = _runs(used, bounds)
         refused.append(
             _refuse(

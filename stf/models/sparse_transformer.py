@@ -13,7 +13,7 @@ import tensorflow as tf
 from stf import patterns as stf_patterns
 from stf.distribution.sequence_parallel import SequenceParallelTrainer
 from stf.layers import SequenceEmbedding, SparseResidualStack, paper_initializer
-from stf.layers.initialization import INITIALIZATIONS
+from stf.layers.initialization import INITIALIZATIONS, Initialization
 from stf.layers.validation import positive, positives, seed_or_none
 from stf.models import introspection
 from stf.models.dispatch import without_waiting
@@ -84,7 +84,7 @@ class SparseTransformer(SequenceParallelTrainer, keras.Model):
         dropout: float = 0.0,
         recompute: bool | Literal["attention"] = False,
         vocab_size: int = 256,
-        init: Literal["released", "standard_deviation", "variance"] = "released",
+        init: Initialization = "released",
         seed: int | None = None,
         conditions: Sequence[int] = (),
         **kwargs: Any,
